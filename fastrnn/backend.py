@@ -11,8 +11,8 @@ The data's path through one training step, every array preallocated in a :class:
     dh -- recurrence_backward --> dz -- gather_backward --> grads -- clip, sgd --> params
 
 Nothing in a step is read by the host. A backend makes the step faster by overriding
-:meth:`Backend.step` (and :meth:`Backend.run_steps`, to submit many steps at once); the tests hold the
-override to the composition below, and the composition to the oracle.
+:meth:`Backend.step` (and :meth:`Backend.run_steps`, to submit many steps at once); the tests hold
+the override to the composition below, and the composition to the oracle.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Dims:
     def flat_size(self) -> int:
         """Elements in the flat buffer. The gaps between parameters hold zeros, always."""
         step = ALIGNMENT // self.dtype.itemsize
-        return -(-self.param_slices["b_q"].stop // step) * step
+        return int(-(-self.param_slices["b_q"].stop // step) * step)
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Workspace:
         flat_params, flat_grads: flat buffers; ``params`` and ``grads`` are views into them by name.
         x, y: int32 ``[T, B]``, the batch and its targets.
         h0: ``[B, H]``, the carried hidden state.
-        z, h, dh, dz: ``[T, B, H]``. A backend may let ``z`` and ``h`` (``dh`` and ``dz``) share memory.
+        z, h, dh, dz: ``[T, B, H]``; ``z`` and ``h`` share memory, and so do ``dh`` and ``dz``.
         dh0: ``[B, H]``.
         logits: ``[T, B, V]``; holds dlogits after the loss was taken.
         loss, norm: shape ``()``: of the last step, the norm before clipping.
@@ -166,7 +166,7 @@ class Backend(ABC):
     def gather_backward(
         self, dz: Array, tokens: Array, V: int, out: tuple[Array, Array] | None = None
     ) -> tuple[Array, Array]:
-        """``dW_xh [V, H]``, the scatter-add of ``dz`` by token in a fixed order, and ``db_h [H]``."""
+        """``dW_xh [V, H]``, a scatter-add by token in a fixed order, and ``db_h [H]``."""
 
     @abstractmethod
     def recurrence(self, z: Array, W_hh: Array, h0: Array, out: Array | None = None) -> Array:
@@ -205,13 +205,16 @@ class Backend(ABC):
     def cross_entropy(
         self, logits: Array, targets: Array, out: tuple[Array, Array] | None = None
     ) -> tuple[Array, Array]:
-        """Mean cross entropy (shape ``()``) and its gradient. The ``dlogits`` of ``out`` may be ``logits``."""
+        """Mean cross entropy (shape ``()``) and its gradient.
+
+        The ``dlogits`` of ``out`` may be ``logits``.
+        """
 
     @abstractmethod
     def clip_by_global_norm(
         self, grads: Sequence[Array], max_norm: float, out: Array | None = None
     ) -> Array:
-        """Scale ``grads`` in place by ``min(1, max_norm / norm)``; the norm before that, shape ``()``."""
+        """Scale ``grads`` by ``min(1, max_norm / norm)`` in place; the norm, shape ``()``."""
 
     @abstractmethod
     def sgd(self, params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
@@ -247,14 +250,16 @@ class Backend(ABC):
             sequence: the generator's number of row 0; row ``s`` draws from ``sequence + s``.
 
         Returns:
-            tokens int32 ``[S, num_tokens]`` and the state ``[S, H]`` after all that was fed. The last
-            token was chosen but not fed: ``generate(prefix=tokens[:, -1:], h0=state,
+            tokens int32 ``[S, num_tokens]`` and the state ``[S, H]`` after all that was fed. The
+            last token was chosen but not fed: ``generate(prefix=tokens[:, -1:], h0=state,
             position=position + num_tokens)`` goes on exactly.
         """
 
     # --- the training step ---
 
-    def workspace(self, dims: Dims, tokens: HostArray, params: Mapping[str, HostArray]) -> Workspace:
+    def workspace(
+        self, dims: Dims, tokens: HostArray, params: Mapping[str, HostArray]
+    ) -> Workspace:
         """Allocate all buffers of a training run and fill in the corpus and the parameters."""
         T, B, H, V = dims.T, dims.B, dims.H, dims.V
 
@@ -383,7 +388,9 @@ def open_backend(name: str = "auto") -> Backend:
         except BackendUnavailableError:
             raise
         except ImportError as error:
-            raise BackendUnavailableError(f"backend {name!r} cannot be imported: {error}") from error
+            raise BackendUnavailableError(
+                f"backend {name!r} cannot be imported: {error}"
+            ) from error
         _opened[name] = backend_class()
     return _opened[name]
 

@@ -27,7 +27,7 @@ CPU_BACKENDS = ("numba", "numpy")
 
 
 def gather(W_xh: Array, tokens: Array, b_h: Array, out: Array | None = None) -> Array:
-    """Rows of ``W_xh`` by token, plus the bias: what the one-hot product ``onehot(x) W_xh + b_h`` is.
+    """Rows of ``W_xh`` by token, plus the bias: what ``onehot(tokens) W_xh + b_h`` is.
 
     Args:
         W_xh: ``[V, H]``. tokens: int32 or int64 ``[T, B]``, each in ``[0, V)``. b_h: ``[H]``.
@@ -70,7 +70,8 @@ def recurrence(z: Array, W_hh: Array, h0: Array, out: Array | None = None) -> Ar
     """The fused tanh-matmul recurrence ``h_t = tanh(z_t + h_{t-1} W_hh)`` (Elman 1990).
 
     Args:
-        z: ``[T, B, H]``. W_hh: ``[H, H]``. h0: ``[B, H]``. out: ``[T, B, H]``, optional, may be ``z``.
+        z: ``[T, B, H]``. W_hh: ``[H, H]``. h0: ``[B, H]``.
+        out: ``[T, B, H]``, optional; may be ``z``.
 
     Returns:
         h ``[T, B, H]``.
@@ -127,7 +128,8 @@ def project_backward(
     """The gradients of :func:`project`.
 
     Args:
-        dlogits: ``[T, B, V]``. h: ``[T, B, H]``. W_hq: ``[H, V]``. out: ``(dh, dW_hq, db_q)``, optional.
+        dlogits: ``[T, B, V]``. h: ``[T, B, H]``. W_hq: ``[H, V]``.
+        out: ``(dh, dW_hq, db_q)``, optional.
 
     Returns:
         dh ``[T, B, H]``, dW_hq ``[H, V]``, db_q ``[V]``.
@@ -159,9 +161,7 @@ def cross_entropy(
     _shape("targets", targets, (T, B))
     targets = _tokens("targets", targets, V)
     logits = _array("logits", logits, dtype, (T, B, V))
-    return backend.cross_entropy(
-        logits, targets, out=_outs(out, dtype, loss=(), dlogits=(T, B, V))
-    )
+    return backend.cross_entropy(logits, targets, out=_outs(out, dtype, loss=(), dlogits=(T, B, V)))
 
 
 def clip_by_global_norm(grads: Sequence[Array], max_norm: float) -> Array:

@@ -97,7 +97,9 @@ def one_hot(tokens: Array, vocab_size: int, dtype: Any = np.float32) -> Array:
     return np.eye(vocab_size, dtype=dtype)[tokens]
 
 
-def init_params(vocab_size: int, hidden_size: int, seed: int = 0, dtype: Any = np.float32) -> Params:
+def init_params(
+    vocab_size: int, hidden_size: int, seed: int = 0, dtype: Any = np.float32
+) -> Params:
     """Draw the weights from N(0, 0.01²); biases are zero.
 
     The normal deviates are drawn in float64 and rounded, so float32 and float64 models of one
@@ -126,7 +128,7 @@ def init_state(batch_size: int, hidden_size: int, dtype: Any = np.float32) -> Ar
 
 
 def rnn_step_one_hot(x: Array, h: Array, params: Params) -> Array:
-    """One time step as the tutorial writes it, with a one-hot matmul. ``x`` ``[B]``, ``h`` ``[B, H]``."""
+    """One time step as the tutorial writes it: ``x`` ``[B]``, ``h`` ``[B, H]``."""
     X = one_hot(x, len(params["W_xh"]), params["W_xh"].dtype)
     return np.asarray(np.tanh(X @ params["W_xh"] + h @ params["W_hh"] + params["b_h"]))
 
@@ -139,7 +141,10 @@ def rnn_step(x: Array, h: Array, params: Params) -> Array:
 def forward(
     X: Array, h0: Array, params: Params, *, use_one_hot: bool = False
 ) -> tuple[Array, Array]:
-    """Run the network over ``X`` ``[T, B]``; return hidden states ``[T, B, H]`` and logits ``[T, B, V]``."""
+    """Run the network over ``X`` ``[T, B]``.
+
+    Returns hidden states ``[T, B, H]`` and logits ``[T, B, V]``.
+    """
     step = rnn_step_one_hot if use_one_hot else rnn_step
     hs = []
     h = h0

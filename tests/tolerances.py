@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 RELATIVE_RMS: dict[str, dict[str, float]] = {
     # one addition
@@ -46,8 +45,8 @@ def relative_rms(got: Any, want: Any) -> float:
     return error / scale if scale > 0 else error
 
 
-def assert_close(op: str, got: Any, want: NDArray[Any], what: str = "") -> None:
-    """Assert that ``got`` agrees with ``want`` within the table's row for its dtype. NaN never passes."""
+def assert_close(op: str, got: Any, want: Any, what: str = "") -> None:
+    """Assert that ``got`` agrees with ``want`` within the table's row; NaN never passes."""
     limit = RELATIVE_RMS[op][np.asarray(got).dtype.name]
     error = relative_rms(got, want)
     assert error <= limit, f"{op} {what}: relative RMS error {error:.3g} > {limit:.3g}"

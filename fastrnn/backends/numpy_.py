@@ -39,7 +39,11 @@ class NumpyBackend(Backend):
         pass
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": self.name, "numpy": np.__version__, "device": platform.processor() or "CPU"}
+        return {
+            "backend": self.name,
+            "numpy": np.__version__,
+            "device": platform.processor() or "CPU",
+        }
 
     # --- ops ---
 
