@@ -1,0 +1,241 @@
+"""The character-level RNN language model: parameters on a backend, generation, persistence."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrnn import reference
+from fastrnn.backend import Array, Backend, Dims, open_backend
+from fastrnn.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastrnn.corpus import CorpusError, Vocab
+from fastrnn.decoding import Decoding
+from fastrnn.reference import PARAM_NAMES
+
+DTYPES = ("float32", "float64")
+
+
+class CharRNN:
+    """A vanilla tanh RNN over characters.
+
+        Z_t = W_xh[x_t] + H_{t-1} W_hh + b_h,   H_t = tanh(Z_t),   O_t = H_t W_hq + b_q
+
+    Args:
+        vocab: the characters, a :class:`fastrnn.Vocab` (or any iterable of characters); V of them.
+        hidden_size: H >= 1.
+        backend: a name (see :func:`fastrnn.open_backend`) or an opened :class:`fastrnn.Backend`.
+        dtype: "float32" or "float64".
+        seed: of the initial weights N(0, 0.01²); the same on every backend.
+        params: start from these instead, NumPy arrays by name.
+
+    Raises:
+        ValueError, TypeError: a size, dtype or parameter that does not fit, named.
+        BackendUnavailableError: the backend cannot run here.
+    """
+
+    def __init__(
+        self,
+        vocab: Vocab | Sequence[str],
+        hidden_size: int = 256,
+        backend: str | Backend = "auto",
+        dtype: Any = "float32",
+        seed: int = 0,
+        *,
+        params: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        self.vocab = vocab if isinstance(vocab, Vocab) else Vocab(vocab)
+        self.hidden_size = positive_int("hidden_size", hidden_size)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        if self.dtype.name not in DTYPES:
+            raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
+        self.backend = open_backend(backend) if isinstance(backend, str) else backend
+        if self.dtype.type not in self.backend.dtypes:
+            known = ", ".join(np.dtype(d).name for d in self.backend.dtypes)
+            raise TypeError(
+                f"the {self.backend.name} backend computes in {known}, got {self.dtype}; "
+                "the numba and numpy backends take both"
+            )
+        if params is None:
+            params = reference.init_params(len(self.vocab), self.hidden_size, seed, self.dtype)
+        self.arrays: dict[str, Array] = {}
+        self.set_params(params)
+
+    def __repr__(self) -> str:
+        return (
+            f"CharRNN(V={len(self.vocab)}, H={self.hidden_size}, {self.dtype}, "
+            f"backend={self.backend.name!r}, {self.num_parameters:,} parameters)"
+        )
+
+    # --- parameters ---
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trainable values."""
+        return sum(int(np.prod(shape)) for shape in self._shapes.values())
+
+    @property
+    def params(self) -> dict[str, NDArray[Any]]:
+        """Copies of the parameters on the host, by name: W_xh, W_hh, b_h, W_hq, b_q."""
+        return {name: self.backend.get(self.arrays[name]) for name in PARAM_NAMES}
+
+    def set_params(self, params: Mapping[str, NDArray[Any]]) -> None:
+        """Replace all parameters by the given NumPy arrays.
+
+        Raises:
+            ValueError: a name missing or unknown, or a wrong shape. TypeError: a wrong dtype.
+        """
+        if set(params) != set(PARAM_NAMES):
+            raise ValueError(
+                f"expected the parameters {', '.join(PARAM_NAMES)}, got {', '.join(params)}"
+            )
+        for name, shape in self._shapes.items():
+            array = np.asarray(params[name])
+            if array.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+            if array.dtype != self.dtype:
+                raise TypeError(f"{name} must be {self.dtype}, got {array.dtype}")
+        self.arrays = {name: self.backend.put(np.asarray(params[name])) for name in PARAM_NAMES}
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return Dims(1, 1, self.hidden_size, len(self.vocab), self.dtype).param_shapes
+
+    # --- generation ---
+
+    @overload
+    def generate(self, prefix: str, num_chars: int = 50, **decoding: Any) -> str: ...
+    @overload
+    def generate(
+        self, prefix: Sequence[str], num_chars: int = 50, **decoding: Any
+    ) -> list[str]: ...
+
+    def generate(
+        self, prefix: str | Sequence[str], num_chars: int = 50, **decoding: Any
+    ) -> str | list[str]:
+        """Continue a prefix, or several at once, by ``num_chars`` characters each.
+
+        Args:
+            prefix: a non-empty string of known characters, or a list of such strings.
+            num_chars: characters to produce, >= 0.
+            **decoding: ``temperature=0.0`` (greedy), ``top_k=0``, ``top_p=1.0``, ``seed=0``; see
+                :class:`fastrnn.Decoding`. A list's strings draw from streams of their own.
+
+        Returns:
+            Each prefix followed by its continuation.
+        """
+        prefixes = [prefix] if isinstance(prefix, str) else list(prefix)
+        how = Decoding(**decoding)
+        _count("num_chars", num_chars)
+        tokens, lengths = self._encode(prefixes)
+        texts = prefixes
+        if prefixes and num_chars > 0:
+            produced, _ = self.backend.generate(self.arrays, tokens, lengths, num_chars, how)
+            texts = [p + self.vocab.decode(row) for p, row in zip(prefixes, produced, strict=True)]
+        return texts[0] if isinstance(prefix, str) else texts
+
+    def stream(self, prefix: str, num_chars: int | None = None, **decoding: Any) -> Iterator[str]:
+        """Yield the continuation of ``prefix`` character by character; None goes on for ever.
+
+        The characters are those of :meth:`generate` with the same arguments. The prefix itself is
+        not yielded. Arguments as in :meth:`generate`; they are checked before the first character.
+        """
+        how = Decoding(**decoding)
+        if num_chars is not None:
+            _count("num_chars", num_chars)
+        tokens, lengths = self._encode([prefix])
+        return self._stream(tokens, lengths, num_chars, how)
+
+    def _stream(
+        self, tokens: Any, lengths: Any, num_chars: int | None, decoding: Decoding
+    ) -> Iterator[str]:
+        state = None
+        positions = itertools.count() if num_chars is None else range(num_chars)
+        for position in positions:
+            tokens, state = self.backend.generate(
+                self.arrays, tokens, lengths, 1, decoding, h0=state, position=position
+            )
+            lengths = np.ones(1, np.int32)
+            yield self.vocab[int(tokens[0, 0])]
+
+    def _encode(self, prefixes: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Right-padded tokens ``[S, P]`` and lengths ``[S]``."""
+        rows = []
+        for text in prefixes:
+            if not isinstance(text, str):
+                raise TypeError(f"a prefix must be a string, got {type(text).__name__}")
+            if not text:
+                raise CorpusError("a prefix needs at least one character, got an empty string")
+            rows.append(self.vocab.encode(text))
+        lengths = np.array([len(row) for row in rows], dtype=np.int32)
+        tokens = np.zeros((len(rows), max(lengths, default=0)), dtype=np.int32)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
+        return tokens, lengths
+
+    # --- persistence ---
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, vocabulary and configuration to one safetensors file, atomically."""
+        save_checkpoint(path, self.params, {"model": self.config})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a checkpoint's header says of the model."""
+        return {
+            "hidden_size": self.hidden_size,
+            "dtype": self.dtype.name,
+            "vocab": "".join(self.vocab.chars),
+        }
+
+
+def load(path: str | Path, backend: str | Backend = "auto") -> CharRNN:
+    """Load a model from a file written by :meth:`CharRNN.save` or :meth:`fastrnn.Trainer.save`.
+
+    Raises:
+        FileNotFoundError: no such file. CheckpointError: not a checkpoint, damaged, or newer.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    tensors, header = load_checkpoint(path)
+    return model_from_checkpoint(path, tensors, header, backend)
+
+
+def model_from_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, NDArray[Any]],
+    header: Mapping[str, Any],
+    backend: str | Backend,
+) -> CharRNN:
+    """Build the model that a checkpoint's tensors and header describe."""
+    try:
+        config = header["model"]
+        return CharRNN(
+            Vocab(config["vocab"]),
+            config["hidden_size"],
+            backend,
+            config["dtype"],
+            params={name: tensors[name] for name in PARAM_NAMES},
+        )
+    except ImportError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not hold a complete model: {error}") from error
+
+
+def positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def _count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")

@@ -1,0 +1,67 @@
+"""Learning-rate schedules: the rate of each epoch as a function of its number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LR_SCHEDULES = ("constant", "linear", "cosine", "step")
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    """The learning rate of epoch ``e`` (from 0) of ``epochs``.
+
+    constant: ``lr``. linear: ``lr (1 - e / epochs)``. cosine: ``lr (1 + cos(π e / epochs)) / 2``
+    (Loshchilov, Hutter, "SGDR", 2017, without restarts). step: ``lr gamma**(e // step_size)``.
+
+    The falling schedules would reach zero at epoch ``epochs``: the last one still moves.
+
+    Attributes:
+        kind: one of :data:`LR_SCHEDULES`. lr: the rate of epoch 0, > 0.
+        epochs: length of the run; needed by linear and cosine, and by step without a step_size.
+        step_size: epochs between two drops of ``step``; None: a third of ``epochs``.
+        gamma: factor of each drop, in (0, 1].
+    """
+
+    kind: str = "constant"
+    lr: float = 100.0
+    epochs: int | None = None
+    step_size: int | None = None
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in LR_SCHEDULES:
+            raise ValueError(
+                f"unknown lr_schedule {self.kind!r}: expected one of {', '.join(LR_SCHEDULES)}"
+            )
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be finite and > 0, got {self.lr!r}")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs!r}")
+        if self.step_size is not None and self.step_size < 1:
+            raise ValueError(f"step_size must be at least 1, got {self.step_size!r}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], got {self.gamma!r}")
+        needs_length = self.kind in ("linear", "cosine") or (
+            self.kind == "step" and self.step_size is None
+        )
+        if needs_length and self.epochs is None:
+            raise ValueError(
+                f"lr_schedule={self.kind!r} needs the length of the run: pass epochs=…"
+            )
+
+    def __call__(self, epoch: int) -> float:
+        """The learning rate of epoch number ``epoch``; past the end, that of the last epoch."""
+        if self.kind == "constant":
+            return self.lr
+        if self.epochs is not None:
+            epoch = min(epoch, self.epochs - 1)
+        if self.kind == "step":
+            step_size = self.step_size or max(1, (self.epochs or 1) // 3)
+            return self.lr * float(self.gamma ** (epoch // step_size))
+        assert self.epochs is not None
+        done = epoch / self.epochs
+        if self.kind == "linear":
+            return self.lr * (1 - done)
+        return self.lr * (1 + math.cos(math.pi * done)) / 2
