@@ -12,14 +12,16 @@ LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 class LRSchedule:
     """The learning rate of epoch ``e`` (from 0) of ``epochs``.
 
-    constant: ``lr``. linear: ``lr (1 - e / epochs)``. cosine: ``lr (1 + cos(π e / epochs)) / 2``
-    (Loshchilov, Hutter, "SGDR", 2017, without restarts). step: ``lr gamma**(e // step_size)``.
+    With ``d = (e - hold) / (epochs - hold)``, 0 during the first ``hold`` epochs:
+    constant: ``lr``. linear: ``lr (1 - d)``. cosine: ``lr (1 + cos(π d)) / 2`` (Loshchilov, Hutter,
+    "SGDR", 2017, without restarts). step: ``lr gamma**((e - hold) // step_size)``.
 
-    The falling schedules would reach zero at epoch ``epochs``: the last one still moves.
+    Linear and cosine would reach zero at epoch ``epochs``: the last one still moves.
 
     Attributes:
         kind: one of :data:`LR_SCHEDULES`. lr: the rate of epoch 0, > 0.
         epochs: length of the run; needed by linear and cosine, and by step without a step_size.
+        hold: epochs at the full rate before it falls, >= 0 and < ``epochs``.
         step_size: epochs between two drops of ``step``; None: a third of ``epochs``.
         gamma: factor of each drop, in (0, 1].
     """
@@ -27,6 +29,7 @@ class LRSchedule:
     kind: str = "constant"
     lr: float = 100.0
     epochs: int | None = None
+    hold: int = 0
     step_size: int | None = None
     gamma: float = 0.1
 
@@ -39,6 +42,10 @@ class LRSchedule:
             raise ValueError(f"lr must be finite and > 0, got {self.lr!r}")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs!r}")
+        if not 0 <= self.hold < (self.epochs or math.inf):
+            raise ValueError(
+                f"hold must be at least 0 and less than epochs={self.epochs}, got {self.hold!r}"
+            )
         if self.step_size is not None and self.step_size < 1:
             raise ValueError(f"step_size must be at least 1, got {self.step_size!r}")
         if not 0 < self.gamma <= 1:
@@ -57,11 +64,22 @@ class LRSchedule:
             return self.lr
         if self.epochs is not None:
             epoch = min(epoch, self.epochs - 1)
+        falling = max(0, epoch - self.hold)
         if self.kind == "step":
             step_size = self.step_size or max(1, (self.epochs or 1) // 3)
-            return self.lr * float(self.gamma ** (epoch // step_size))
+            return self.lr * float(self.gamma ** (falling // step_size))
         assert self.epochs is not None
-        done = epoch / self.epochs
+        done = falling / (self.epochs - self.hold)
         if self.kind == "linear":
             return self.lr * (1 - done)
         return self.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+def default_hold(epochs: int) -> int:
+    """Epochs at the full rate in ``fastrnn train``: 150, or 60 % of a shorter run.
+
+    A run of clipped steps of constant length first has to travel, then to settle: a rate that falls
+    from the start does not get far enough in 250 epochs, one that never falls collapses after some
+    450 of them.
+    """
+    return min(150, epochs * 3 // 5)
