@@ -18,7 +18,7 @@ from fastrnn.backend import (
 from fastrnn.checkpoint import CheckpointError
 from fastrnn.corpus import Corpus, CorpusError, Vocab, corpus_from_text, load_corpus
 from fastrnn.decoding import Decoding
-from fastrnn.model import CharRNN, load
+from fastrnn.model import CharRNN, load, load_npz, load_torch
 from fastrnn.schedules import LRSchedule
 from fastrnn.trainer import DivergenceError, EpochStats, Trainer
 
@@ -42,5 +42,7 @@ __all__ = [
     "corpus_from_text",
     "load",
     "load_corpus",
+    "load_npz",
+    "load_torch",
     "open_backend",
 ]

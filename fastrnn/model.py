@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrnn import reference
+from fastrnn import interchange, reference
 from fastrnn.backend import Array, Backend, Dims, open_backend
 from fastrnn.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastrnn.corpus import CorpusError, Vocab
@@ -183,6 +183,24 @@ class CharRNN:
         """Write weights, vocabulary and configuration to one safetensors file, atomically."""
         save_checkpoint(path, self.params, {"model": self.config})
 
+    def save_npz(self, path: str | Path) -> None:
+        """Write the tutorial's five arrays to an ``.npz`` file, atomically; no vocabulary."""
+        interchange.save_tutorial(path, self.params)
+
+    def to_torch(self) -> dict[str, Any]:
+        """A torch state dict for a module that holds ``rnn = nn.RNN`` and ``linear = nn.Linear``.
+
+        The tensors are copies on the CPU; :class:`fastrnn.torch.CharRNN` and any such module of
+        torch's own layers load it.
+
+        Raises:
+            ImportError: torch is not installed.
+        """
+        import torch
+
+        state = interchange.to_torch_names(self.params)
+        return {name: torch.from_numpy(array) for name, array in state.items()}
+
     @property
     def config(self) -> dict[str, Any]:
         """What a checkpoint's header says of the model."""
@@ -202,6 +220,54 @@ def load(path: str | Path, backend: str | Backend = "auto") -> CharRNN:
     """
     tensors, header = load_checkpoint(path)
     return model_from_checkpoint(path, tensors, header, backend)
+
+
+def load_torch(
+    state_dict: Mapping[str, Any],
+    vocab: Vocab | Sequence[str] | None = None,
+    backend: str | Backend = "auto",
+    **prefixes: str,
+) -> CharRNN:
+    """A model from the state dict of a torch module with an ``nn.RNN`` and an ``nn.Linear``.
+
+    Args:
+        state_dict: torch tensors or NumPy arrays by torch's names; see
+            :func:`fastrnn.interchange.from_torch_names`.
+        vocab: the characters in the order of the module's token ids. None: token ``i`` is
+            ``chr(i)``, as in programs that tokenise with ``ord``.
+        backend: as for :class:`CharRNN`.
+        **prefixes: ``rnn="rnn."`` and ``output="linear."``, where they cannot be found.
+    """
+    return _model_of(interchange.from_torch_names(state_dict, **prefixes), vocab, backend)
+
+
+def load_npz(
+    path: str | Path, vocab: Vocab | Sequence[str] | None = None, backend: str | Backend = "auto"
+) -> CharRNN:
+    """A model from an ``.npz`` file of the tutorial's five arrays; ``vocab`` as in load_torch."""
+    return _model_of(interchange.load_tutorial(path), vocab, backend)
+
+
+def _model_of(
+    params: Mapping[str, NDArray[Any]],
+    vocab: Vocab | Sequence[str] | None,
+    backend: str | Backend,
+) -> CharRNN:
+    """A model of ``params`` whose token ids are in the order of ``vocab``, brought into ours."""
+    V = len(params["W_xh"])
+    chars = [chr(i) for i in range(V)] if vocab is None else list(vocab)
+    if len(chars) != V or len(set(chars)) != V:
+        raise ValueError(
+            f"expected {V} distinct characters for {V} rows of W_xh, got {len(chars)}, "
+            f"{len(set(chars))} of them distinct"
+        )
+    order = np.argsort(np.array([ord(c) for c in chars]), kind="stable")
+    ordered = dict(params)
+    ordered["W_xh"] = params["W_xh"][order]
+    ordered["W_hq"] = params["W_hq"][:, order]
+    ordered["b_q"] = params["b_q"][order]
+    W_hh = params["W_hh"]
+    return CharRNN(Vocab(chars), len(W_hh), backend, W_hh.dtype, params=ordered)
 
 
 def model_from_checkpoint(

@@ -321,6 +321,30 @@ def test_header_is_readable_json(corpus: fastrnn.Corpus, tmp_path: Path) -> None
     assert set(PARAM_NAMES) <= set(tensors)
 
 
+def test_exchange_with_torch_and_the_tutorial(corpus: fastrnn.Corpus, tmp_path: Path) -> None:
+    model = CharRNN(corpus.vocab, 6, "numpy", seed=2)
+    model.save_npz(tmp_path / "five.npz")
+    again = fastrnn.load_npz(tmp_path / "five.npz", corpus.vocab, "numpy")
+    assert_same(list(model.params.values()), list(again.params.values()))
+
+    torch = pytest.importorskip("torch", reason="torch is optional; not installed")
+    rnn, linear = torch.nn.RNN(5, 6), torch.nn.Linear(6, 5)
+    state = {f"rnn.{k}": v for k, v in rnn.state_dict().items()}
+    state |= {f"linear.{k}": v for k, v in linear.state_dict().items()}
+    chars = "zebra"  # in the order of the module's token ids, not ours
+    taken = fastrnn.load_torch(state, chars, "numpy")
+    ids = torch.tensor([chars.index(c) for c in "bar"])
+    with torch.no_grad():
+        logits = linear(rnn(torch.nn.functional.one_hot(ids, 5).float())[0])[-1]
+    assert taken.generate("bar", 1) == "bar" + chars[int(logits.argmax())]
+    back = taken.to_torch()
+    torch.testing.assert_close(back["rnn.weight_hh_l0"], state["rnn.weight_hh_l0"])
+    with pytest.raises(
+        ValueError, match="expected 5 distinct characters for 5 rows of W_xh, got 3"
+    ):
+        fastrnn.load_torch(state, "abc")
+
+
 # --- Generation through the model ---
 
 
