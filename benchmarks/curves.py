@@ -3,8 +3,8 @@
     python -m benchmarks.curves            # train (some minutes a run), write results/curves.*
     python -m benchmarks.curves --draw     # only draw the picture again
 
-Four runs at the headline size on the bundled corpus: both ways of sampling, both schedules. Writes
-``results/curves.json`` (perplexity by epoch, and on what it was trained) and ``results/curves.png``.
+Four runs at the headline size on the bundled corpus: both ways of sampling, both schedules. They
+go to ``results/curves.json`` (perplexity by epoch) and ``results/curves.png``.
 """
 
 from __future__ import annotations

@@ -211,14 +211,21 @@ class CharRNN:
         }
 
 
-def load(path: str | Path, backend: str | Backend = "auto") -> CharRNN:
+def load(path: str | Path, backend: str | Backend = "auto", *, best: bool = False) -> CharRNN:
     """Load a model from a file written by :meth:`CharRNN.save` or :meth:`fastrnn.Trainer.save`.
+
+    Args:
+        best: take the best weights that the trainer had seen instead of its last ones.
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: not a checkpoint, damaged, or newer.
         BackendUnavailableError: the backend cannot run here.
     """
     tensors, header = load_checkpoint(path)
+    if best:
+        if "best.W_hh" not in tensors:
+            raise CheckpointError(f"{path} holds no best weights: it was written by CharRNN.save")
+        tensors = {name: tensors[f"best.{name}"] for name in PARAM_NAMES}
     return model_from_checkpoint(path, tensors, header, backend)
 
 

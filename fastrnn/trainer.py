@@ -119,6 +119,7 @@ class Trainer:
         self.lr_schedule = lr_schedule
         self.seed = int(seed)
         self.val_fraction = float(val_fraction)
+        self.notes: dict[str, Any] = {}
         self.history: list[EpochStats] = []
         self.best: EpochStats | None = None
 
@@ -332,7 +333,8 @@ class Trainer:
         :meth:`resume` the trainer.
 
         Args:
-            notes: JSON-able values to keep beside it (the command line keeps the corpus's path).
+            notes: JSON-able values to keep beside it (the command line keeps the corpus's path);
+                None: those that the trainer was resumed with.
         """
         self._bind()
         get, dims = self._backend.get, self._ws.dims
@@ -359,7 +361,7 @@ class Trainer:
             "seconds": self._seconds,
             "best": None if self.best is None else self.best.epoch,
             "history": [list(asdict(stats).values()) for stats in self.history],
-            "notes": notes or {},
+            "notes": self.notes if notes is None else notes,
         }
         save_checkpoint(path, tensors, {"model": self.model.config, "trainer": trainer})
 
@@ -406,6 +408,7 @@ class Trainer:
                 seed=saved["seed"],
                 val_fraction=saved["val_fraction"],
             )
+            trainer.notes = saved["notes"]
             trainer.history = [EpochStats(*row) for row in saved["history"]]
             if saved["best"] is not None:
                 trainer.best = trainer.history[saved["best"] - 1]

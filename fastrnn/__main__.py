@@ -1,0 +1,5 @@
+"""``python -m fastrnn``."""
+
+from fastrnn.cli import main
+
+main()

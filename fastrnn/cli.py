@@ -1,0 +1,415 @@
+"""The command line: ``fastrnn train | generate | info``.
+
+Exit codes: 0 done (also when stopped by Ctrl-C), 1 failed, with one line that says why, 2 wrong
+usage.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import sys
+import tomllib
+from collections.abc import Callable
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+import fastrnn
+from fastrnn.backend import BackendUnavailableError
+from fastrnn.checkpoint import CheckpointError, load_checkpoint
+from fastrnn.cli_train import Outputs, Run, UsageError, check_writable
+from fastrnn.corpus import CorpusError
+from fastrnn.model import load
+from fastrnn.plot import PlotUnavailableError, require_matplotlib
+from fastrnn.schedules import LRSchedule, default_hold
+from fastrnn.trainer import DivergenceError, Trainer
+
+app = typer.Typer(
+    help="A kernel-optimised engine for the vanilla tanh RNN: a character-level language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Sampling = StrEnum("Sampling", ["consecutive", "random"])
+Schedule = StrEnum("Schedule", ["constant", "linear", "cosine", "step"])
+DType = StrEnum("DType", ["float32", "float64"])
+OnDivergence = StrEnum("OnDivergence", ["stop", "warn"])
+
+
+class BackendName(StrEnum):
+    """The names that ``fastrnn.open_backend`` knows."""
+
+    auto = "auto"
+    cupy = "cupy"
+    numba_cuda = "numba-cuda"
+    numba = "numba"
+    numpy = "numpy"
+
+
+FAILURES = (
+    BackendUnavailableError,
+    CheckpointError,
+    CorpusError,
+    DivergenceError,
+    PlotUnavailableError,
+    MemoryError,
+    OSError,
+)
+
+# A checkpoint fixes these; given beside --resume they would contradict it.
+FIXED_BY_CHECKPOINT = (
+    "batch_size",
+    "num_steps",
+    "hidden_size",
+    "sampling",
+    "clip_norm",
+    "dtype",
+    "seed",
+    "val_fraction",
+)
+
+
+def _say(error: BaseException) -> None:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        text = f"{error.strerror}{where}"
+    if isinstance(error, MemoryError):
+        text = f"out of memory: {text or 'the arrays do not fit'}"
+    print(f"fastrnn: error: {text}", file=sys.stderr)
+
+
+def _friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors that a user can cause into one line and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:  # the reader has gone: nothing is left to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except FAILURES as error:
+            _say(error)
+            raise typer.Exit(1) from None
+        except (ValueError, TypeError) as error:
+            _say(error)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("fastrnn: interrupted", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the values of a TOML file the defaults of the command's options."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} is not TOML: {error}") from error
+    names = {p.name for p in context.command.params if p.name and p.name != "config"}
+    known = {"json" if name == "json_lines" else name for name in names}
+    defaults = {key.replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(defaults) - known)
+    if unknown:
+        raise typer.BadParameter(
+            f"{path}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+        )
+    if "json" in defaults:
+        defaults["json_lines"] = defaults.pop("json")
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastrnn {fastrnn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_friendly
+def train(
+    context: typer.Context,
+    corpus: Annotated[
+        Path | None, typer.Argument(help="A UTF-8 .txt or .zip; the bundled lyrics if left out.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs in all.")] = 250,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch, B.")] = 32,
+    num_steps: Annotated[int, typer.Option(min=1, help="Time steps of a batch, T.")] = 35,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Hidden units, H.")] = 256,
+    sampling: Annotated[Sampling, typer.Option(help="How batches are cut.")] = Sampling.consecutive,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 100.0,
+    clip_norm: Annotated[float, typer.Option(help="Threshold of the global norm.")] = 0.01,
+    lr_schedule: Annotated[Schedule, typer.Option(help="How the rate falls.")] = Schedule.linear,
+    hold: Annotated[
+        int | None, typer.Option(help="Epochs at the full rate; 150 or 60 % of a shorter run.")
+    ] = None,
+    max_chars: Annotated[
+        int, typer.Option(min=0, help="Characters of the text to keep; 0: all.")
+    ] = 10_000,
+    val_fraction: Annotated[
+        float, typer.Option(help="Share at the end of the text kept for validation.")
+    ] = 0.0,
+    dtype: Annotated[DType, typer.Option(help="Of parameters and activations.")] = DType.float32,
+    backend: Annotated[BackendName, typer.Option(help="What computes.")] = BackendName.auto,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and sampling.")] = 0,
+    prefix: Annotated[
+        list[str] | None, typer.Option(help="What to continue while training; repeatable.")
+    ] = None,
+    pred_period: Annotated[
+        int, typer.Option(min=0, help="Epochs between two reports; 0: only the last.")
+    ] = 50,
+    pred_len: Annotated[int, typer.Option(min=0, help="Characters of a continuation.")] = 50,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the continuations.")] = 0.0,
+    out: Annotated[Path, typer.Option(help="The checkpoint.")] = Path("fastrnn.safetensors"),
+    save_period: Annotated[
+        int, typer.Option(min=0, help="Epochs between two saves; 0: only at the end.")
+    ] = 100,
+    resume: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
+    on_divergence: Annotated[
+        OnDivergence, typer.Option(help="What to do when training collapses.")
+    ] = OnDivergence.stop,
+    json_lines: Annotated[
+        str | None,
+        typer.Option("--json", help="A JSON object an epoch to this file, - for stdout."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the training curve here.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_read_config, is_eager=True, help="TOML with these options; flags win."
+        ),
+    ] = None,
+) -> None:
+    """Train on a text.
+
+    Ctrl-C saves and leaves; a second one leaves at once.
+
+    [bold]Examples[/bold]
+
+    fastrnn train
+
+    fastrnn train lyrics.txt --epochs 2500 --sampling random --plot curve.png
+
+    fastrnn train --resume fastrnn.safetensors --epochs 500
+
+    fastrnn train novel.zip --max-chars 0 --val-fraction 0.05 --json - | jq .perplexity
+    """
+    given = {
+        p.name
+        for p in context.command.params
+        if p.name and getattr(context.get_parameter_source(p.name), "name", "") != "DEFAULT"
+    }
+    if plot is not None:
+        require_matplotlib()
+        check_writable(plot)
+    if json_lines not in (None, "-"):
+        check_writable(Path(str(json_lines)))
+    check_writable(out)
+    if resume is not None:
+        clash = [f"--{name.replace('_', '-')}" for name in FIXED_BY_CHECKPOINT if name in given]
+        if clash:
+            raise UsageError(
+                f"{', '.join(clash)} cannot be given with --resume: the checkpoint says"
+            )
+        trainer, epochs = _resumed(resume, corpus, max_chars, epochs, given, backend.value)
+        if out == Path("fastrnn.safetensors") and "out" not in given:
+            out = resume
+    else:
+        text = fastrnn.load_corpus(corpus, max_chars or None)
+        falls = lr_schedule is not Schedule.constant
+        if hold is None:
+            hold = default_hold(epochs) if falls else 0
+        schedule = LRSchedule(lr_schedule.value, lr, epochs, hold)
+        model = fastrnn.CharRNN(text.vocab, hidden_size, backend.value, dtype.value, seed)
+        trainer = Trainer(
+            model,
+            text,
+            batch_size,
+            num_steps,
+            sampling.value,
+            clip_norm=clip_norm,
+            lr_schedule=schedule,
+            seed=seed,
+            val_fraction=val_fraction,
+        )
+    kept = trainer.notes
+    notes = {
+        "corpus": kept.get("corpus") if corpus is None else str(corpus.resolve()),
+        "max_chars": kept.get("max_chars", max_chars) if "max_chars" not in given else max_chars,
+        "epochs": epochs,
+    }
+    outputs = Outputs(
+        out=out,
+        notes=notes,
+        json=json_lines,
+        plot=plot,
+        prefixes=prefix,
+        pred_period=pred_period,
+        pred_len=pred_len,
+        save_period=save_period,
+        temperature=temperature,
+        stop_on_divergence=on_divergence is OnDivergence.stop,
+    )
+    run = Run(trainer, epochs, outputs, resumed=resume is not None)
+    run.console.print(
+        f"{trainer.corpus.name}: {len(trainer.corpus):,} characters, "
+        f"{len(trainer.model.vocab):,} distinct; {trainer.model.num_parameters:,} parameters; "
+        f"{trainer.batches_per_epoch} steps an epoch; backend {trainer.model.backend.name}",
+        markup=False,
+    )
+    raise typer.Exit(run())
+
+
+def _resumed(
+    path: Path, corpus: Path | None, max_chars: int, epochs: int, given: set[str], backend: str
+) -> tuple[Trainer, int]:
+    """The trainer of a checkpoint and the number of epochs it is to reach."""
+    _, header = load_checkpoint(path)
+    saved = header.get("trainer", {})
+    notes = saved.get("notes", {})
+    if corpus is None and notes.get("corpus"):
+        corpus = Path(notes["corpus"])
+    if "max_chars" not in given:
+        max_chars = notes.get("max_chars", max_chars)
+    text = fastrnn.load_corpus(corpus, max_chars or None)
+    total = epochs if "epochs" in given else int(notes.get("epochs", epochs))
+    schedule = None
+    if saved and total != saved["lr_schedule"]["epochs"]:
+        schedule = LRSchedule(**{**saved["lr_schedule"], "epochs": total})
+    trainer = Trainer.resume(path, text, backend, lr_schedule=schedule)
+    if trainer.epoch >= total:
+        raise UsageError(
+            f"{path} has already done {trainer.epoch} of {total} epochs: "
+            f"pass --epochs {2 * trainer.epoch}, say, to go on"
+        )
+    return trainer, total
+
+
+@app.command()
+@_friendly
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Written by fastrnn train.")],
+    prefix: Annotated[list[str], typer.Option(help="What to continue; repeatable.")],
+    length: Annotated[int, typer.Option(min=0, help="Characters to produce.")] = 50,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the most probable one.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Of the k most probable; 0: of all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Of the most probable that reach p.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
+    best: Annotated[bool, typer.Option("--best", help="The best weights, not the last.")] = False,
+    backend: Annotated[BackendName, typer.Option(help="What computes.")] = BackendName.auto,
+) -> None:
+    """Continue one or several prefixes.
+
+    One prefix is continued as you watch, several all at once.
+
+    [bold]Examples[/bold]
+
+    fastrnn generate fastrnn.safetensors --prefix 分开 --length 100
+
+    fastrnn generate fastrnn.safetensors --prefix 海 --prefix 风 --temperature 0.8 --top-p 0.9
+    """
+    model = load(checkpoint, backend.value, best=best)
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    if len(prefix) > 1:
+        for text in model.generate(prefix, length, **how):
+            print(text)
+        return
+    characters = model.stream(prefix[0], length, **how)
+    print(prefix[0], end="", flush=True)
+    for character in characters:
+        print(character, end="", flush=True)
+    print()
+
+
+@app.command()
+@_friendly
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Say what runs here: backends, versions, CPU and GPU.
+
+    [bold]Example[/bold]
+
+    fastrnn info --json | jq .backends
+    """
+    facts = environment()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    print(f"fastrnn {facts['fastrnn']}, Python {facts['python']}, {facts['platform']}")
+    print(f"CPU: {facts['cpu']}, {facts['cpus']} usable")
+    print("packages: " + ", ".join(f"{name} {v}" for name, v in facts["packages"].items()))
+    print("backends:")
+    for name, reason in facts["backends"].items():
+        print(f"  {name:<11} {'works' if reason is None else 'cannot run: ' + reason}")
+    print(f"auto chooses {facts['auto']}")
+    for key, value in facts["device"].items():
+        print(f"  {key}: {value}")
+
+
+def environment() -> dict[str, Any]:
+    """What ``fastrnn info`` shows."""
+    packages = {}
+    for name in ("numpy", "numba", "scipy", "numba-cuda", "cupy-cuda13x", "cupy-cuda12x", "torch"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    packages.setdefault("numpy", np.__version__)
+    chosen = fastrnn.open_backend()
+    return {
+        "fastrnn": fastrnn.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "packages": packages,
+        "backends": fastrnn.available_backends(),
+        "auto": chosen.name,
+        "device": chosen.describe(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Entry point of the ``fastrnn`` command."""
+    app(prog_name="fastrnn")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""What ``fastrnn train`` does, apart from its options: loop, progress, signals, files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastrnn.corpus import CorpusError
+from fastrnn.plot import plot_curves
+from fastrnn.trainer import DivergenceError, EpochStats, Trainer
+
+DEFAULT_PREFIXES = ("分开", "不分开")
+
+
+class UsageError(ValueError):
+    """Options that contradict each other; exit code 2."""
+
+
+@dataclass
+class Outputs:
+    """Where a run writes, and how often it speaks."""
+
+    out: Path
+    notes: dict[str, Any]
+    json: str | None = None
+    plot: Path | None = None
+    prefixes: list[str] | None = None
+    pred_period: int = 50
+    pred_len: int = 50
+    save_period: int = 100
+    temperature: float = 0.0
+    stop_on_divergence: bool = True
+
+
+class Run:
+    """One call of ``fastrnn train``: a trainer, where it writes, and how it is stopped."""
+
+    def __init__(self, trainer: Trainer, epochs: int, outputs: Outputs, resumed: bool) -> None:
+        self.trainer = trainer
+        self.epochs = epochs
+        self.outputs = outputs
+        self.resumed = resumed
+        self.stopping = False
+        self.warned = False
+        # With the metrics on standard output, words for people go to standard error.
+        self.console = Console(stderr=outputs.json == "-", highlight=False, soft_wrap=True)
+        self.prefixes = self._prefixes()
+
+    def _prefixes(self) -> list[str]:
+        vocab, tokens = self.trainer.model.vocab, self.trainer.corpus.tokens
+        if self.outputs.prefixes:
+            for prefix in self.outputs.prefixes:
+                if not prefix:
+                    raise CorpusError("--prefix needs at least one character")
+                vocab.encode(prefix)
+            return self.outputs.prefixes
+        if all(char in vocab.char_to_idx for prefix in DEFAULT_PREFIXES for char in prefix):
+            return list(DEFAULT_PREFIXES)
+        return [vocab.decode(tokens[:5])]
+
+    def __call__(self) -> int:
+        """Train to the end, to Ctrl-C or to divergence; return the exit code."""
+        with self._metrics() as metrics, self._signals(), self._progress() as progress:
+            code = self._loop(metrics, progress)
+        if self.outputs.plot is not None and self.trainer.history:
+            plot_curves(self.outputs.plot, {"training": self.trainer.history})
+            self.console.print(f"training curve: {self.outputs.plot}")
+        return code
+
+    def _loop(self, metrics: IO[str] | None, progress: Progress | None) -> int:
+        trainer = self.trainer
+        task = None
+        if progress is not None:
+            task = progress.add_task(
+                "compiling kernels (first run only)", total=self.epochs, completed=trainer.epoch
+            )
+        while trainer.epoch < self.epochs:
+            try:
+                stats = trainer.advance()
+            except DivergenceError as error:
+                return self._diverged(str(error))
+            if progress is not None and task is not None:
+                last = trainer.history[-1] if trainer.history else None
+                said = f"perplexity {last.perplexity:.3f}" if last else "first epoch"
+                speed = f"{last.tokens_per_second:,.0f} characters/s" if last else ""
+                progress.update(
+                    task,
+                    description=f"epoch {trainer.epoch}  {said}  {speed}",
+                    completed=trainer.epoch + trainer.progress,
+                )
+            if stats is not None:
+                self._report(stats, metrics)
+                if (reason := trainer.diverged()) is not None:
+                    if self.outputs.stop_on_divergence:
+                        trainer.restore_best()
+                        return self._diverged(reason)
+                    if not self.warned:
+                        self.console.print(f"warning: {reason}", style="yellow")
+                        self.warned = True
+            if self.stopping:
+                self._save()
+                self.console.print(
+                    f"stopped in epoch {trainer.epoch + 1}, saved to {self.outputs.out}; go on "
+                    f"with: fastrnn train --resume {self.outputs.out}"
+                )
+                return 0
+        self._save()
+        best = trainer.best
+        if best is not None and best.score < 0.9 * trainer.history[-1].score:
+            self.console.print(
+                f"epoch {best.epoch} was better (perplexity {best.score:.4g}): "
+                "fastrnn generate --best uses its weights"
+            )
+        self.console.print(
+            f"saved to {self.outputs.out}; try: "
+            f"fastrnn generate {self.outputs.out} --prefix {self.prefixes[0]}"
+        )
+        return 0
+
+    def _report(self, stats: EpochStats, metrics: IO[str] | None) -> None:
+        if metrics is not None:
+            row = {**asdict(stats), "tokens_per_second": stats.tokens_per_second}
+            print(json.dumps(row), file=metrics, flush=True)
+        period = self.outputs.pred_period
+        if (period and stats.epoch % period == 0) or stats.epoch == self.epochs:
+            held_out = ""
+            if stats.val_perplexity is not None:
+                held_out = f"  validation {stats.val_perplexity:.3f}"
+            self.console.print(
+                f"epoch {stats.epoch}  perplexity {stats.perplexity:.3f}{held_out}  "
+                f"{stats.tokens_per_second:,.0f} characters/s",
+                markup=False,
+            )
+            texts = self.trainer.model.generate(
+                self.prefixes,
+                self.outputs.pred_len,
+                temperature=self.outputs.temperature,
+                seed=stats.epoch,
+            )
+            for text in texts:
+                self.console.print(f" - {text}", markup=False)
+        save_period = self.outputs.save_period
+        if save_period and stats.epoch % save_period == 0 and stats.epoch < self.epochs:
+            self._save()
+
+    def _diverged(self, reason: str) -> int:
+        self._save()
+        print(
+            f"fastrnn: error: {reason}; the best weights are in {self.outputs.out}",
+            file=sys.stderr,
+        )
+        return 1
+
+    def _save(self) -> None:
+        self.trainer.save(self.outputs.out, notes=self.outputs.notes)
+
+    # --- surroundings ---
+
+    @contextlib.contextmanager
+    def _metrics(self) -> Iterator[IO[str] | None]:
+        if self.outputs.json is None:
+            yield None
+        elif self.outputs.json == "-":
+            yield sys.stdout
+        else:
+            with open(self.outputs.json, "a" if self.resumed else "w", encoding="utf-8") as file:
+                yield file
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Progress | None]:
+        if not self.console.is_terminal:
+            yield None
+            return
+        columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield progress
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops after the current steps, the second at once."""
+
+        def stop(signum: int, frame: FrameType | None) -> None:
+            if self.stopping:
+                os.write(2, b"fastrnn: stopped at once; the last saved checkpoint is whole\n")
+                os._exit(1)
+            self.stopping = True
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, that a file cannot be written.
+
+    Raises:
+        OSError: the directory is missing or takes no new file, or the path is a directory.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise PermissionError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,273 @@
+"""The command line as a user meets it: runs, resumption, signals, pipes, and no traceback ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import fastrnn
+from fastrnn.checkpoint import load_checkpoint, save_checkpoint
+from fastrnn.cli import app
+
+SMALL = ["--hidden-size", "8", "--batch-size", "4", "--num-steps", "9", "--backend", "numpy"]
+TEXT = "the wind took your hat and the sea gave it back, wet and happy. " * 12
+
+
+@pytest.fixture(autouse=True)
+def in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+
+
+def run(*arguments: str | Path) -> Any:
+    """Run a command in this process; no exception may come out of it."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def train(*arguments: str | Path) -> Any:
+    return run("train", "text.txt", *SMALL, *arguments)
+
+
+def spawn(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """Run a command as a process of its own."""
+    root = str(Path(fastrnn.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastrnn", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+# --- train ---
+
+
+def test_train_reports_saves_and_draws() -> None:
+    result = train("--epochs", "4", "--pred-period", "2", "--plot", "c.png", "--json", "m.jsonl")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("text.txt: 768 characters, ")
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert any(line.startswith(" - the w") for line in lines), "continues the text's own start"
+    assert "saved to fastrnn.safetensors" in result.output
+    assert Path("c.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in Path("m.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["perplexity"] < rows[0]["perplexity"]
+    assert fastrnn.load("fastrnn.safetensors", "numpy").hidden_size == 8
+
+
+def test_bundled_lyrics_without_arguments() -> None:
+    result = run("train", "--epochs", "1", "--hidden-size", "4", "--pred-len", "3")
+    assert result.exit_code == 0, result.output
+    assert "bundled lyrics: 10,000 characters, 1,027 distinct" in result.output
+    assert " - 不分开" in result.output
+
+
+def test_json_on_standard_output_is_only_json() -> None:
+    process = spawn("train", "text.txt", *SMALL, "--epochs", "3", "--json", "-")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert [json.loads(line)["epoch"] for line in out.splitlines()] == [1, 2, 3]
+    assert "saved to" in err
+
+
+def test_resume_is_exact_through_the_command_line() -> None:
+    constant = ["--lr-schedule", "constant", "--sampling", "random", "--save-period", "0"]
+    assert train("--epochs", "6", "--out", "whole", *constant).exit_code == 0
+    assert train("--epochs", "3", "--out", "half", *constant).exit_code == 0
+    result = run("train", "--resume", "half", "--epochs", "6", "--backend", "numpy")
+    assert result.exit_code == 0, result.output
+    (whole, _), (half, header) = load_checkpoint("whole"), load_checkpoint("half")
+    assert len(header["trainer"]["history"]) == 6
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, half[name], err_msg=name)
+
+
+def test_resume_needs_something_to_do_and_refuses_contradictions() -> None:
+    assert train("--epochs", "2").exit_code == 0
+    done = run("train", "--resume", "fastrnn.safetensors", "--backend", "numpy")
+    assert done.exit_code == 2
+    assert "has already done 2 of 2 epochs" in done.output
+    clash = run("train", "--resume", "fastrnn.safetensors", "--hidden-size", "9")
+    assert clash.exit_code == 2
+    assert "--hidden-size cannot be given with --resume" in clash.output
+
+
+def test_config_file_is_below_the_flags() -> None:
+    Path("run.toml").write_text('epochs = 3\nlr-schedule = "constant"\njson = "m.jsonl"\n')
+    assert train("--config", "run.toml", "--epochs", "2").exit_code == 0
+    assert len(Path("m.jsonl").read_text().splitlines()) == 2
+    _, header = load_checkpoint("fastrnn.safetensors")
+    assert header["trainer"]["lr_schedule"]["kind"] == "constant"
+
+
+def test_divergence_keeps_the_best_weights() -> None:
+    result = train("--epochs", "3", "--out", "good", "--lr-schedule", "constant")
+    assert result.exit_code == 0
+    tensors, header = load_checkpoint("good")
+    tensors["W_hq"] = tensors["W_hq"].copy()
+    tensors["W_hq"][0, 0] = np.nan
+    save_checkpoint("bad", tensors, header)
+    result = run("train", "--resume", "bad", "--epochs", "6", "--backend", "numpy")
+    assert result.exit_code == 1
+    assert "the best weights are in bad" in result.output
+    for name, array in fastrnn.load("bad", "numpy").params.items():
+        np.testing.assert_array_equal(array, tensors[f"best.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "none.txt"], 1, "no such corpus: none.txt"),
+        (["train", "."], 1, "is a directory"),
+        (["train", "empty.txt"], 1, "is empty"),
+        (["train", "one.txt"], 1, "the text is too short"),
+        (["train", "gbk.txt"], 1, "is not UTF-8: byte 0xb7 at offset 0"),
+        (["train", "text.txt", "--batch-size", "700"], 1, "the text is too short"),
+        (["train", "text.txt", *SMALL, "--prefix", "海"], 1, "'海' (U+6D77)"),
+        (["train", "text.txt", "--out", "no/where"], 1, "there is no directory no"),
+        (["train", "text.txt", "--json", "no/where"], 1, "there is no directory no"),
+        (["train", "text.txt", "--resume", "text.txt"], 1, "not a readable checkpoint"),
+        (["train", "text.txt", "--lr", "-1"], 2, "lr must be finite and > 0, got -1.0"),
+        (["train", "text.txt", "--epochs", "0"], 2, "--epochs"),
+        (["train", "text.txt", "--sampling", "shuffled"], 2, "--sampling"),
+        (["train", "text.txt", "--config", "typo.toml"], 2, "unknown batch_siz"),
+        (["train", "text.txt", "--config", "bad.toml"], 2, "is not TOML"),
+        (["generate", "none", "--prefix", "a"], 1, "no such checkpoint: none"),
+        (["generate", "text.txt", "--prefix", "a"], 1, "not a readable checkpoint"),
+        (["generate"], 2, ""),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_bad_input(arguments: list[str], code: int, message: str) -> None:
+    Path("empty.txt").touch()
+    Path("one.txt").write_text("x")
+    Path("gbk.txt").write_bytes(b"\xb7\xd6\xbf\xaa")
+    Path("typo.toml").write_text("batch-siz = 4\n")
+    Path("bad.toml").write_text("epochs = \n")
+    before = set(Path.cwd().iterdir())
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert set(Path.cwd().iterdir()) == before, "nothing may be left behind"
+
+
+def test_the_smallest_and_the_strangest_texts_train() -> None:
+    Path("cats.txt").write_text("🐈🐕" * 30)
+    tiny = ["--hidden-size", "1", "--batch-size", "1", "--num-steps", "1", "--backend", "numpy"]
+    assert run("train", "cats.txt", "--epochs", "2", *tiny).exit_code == 0
+    result = run("generate", "fastrnn.safetensors", "--prefix", "🐈", "--length", "4")
+    assert result.exit_code == 0
+    assert len(result.output.strip()) == 5
+
+
+# --- signals, pipes, disks ---
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(signum: int) -> None:
+    process = spawn("train", "text.txt", *SMALL, "--epochs", "1000000", "--json", "m.jsonl")
+    deadline = time.monotonic() + 60
+    while not (Path("m.jsonl").exists() and Path("m.jsonl").stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "go on with: fastrnn train --resume fastrnn.safetensors" in out
+    _, header = load_checkpoint("fastrnn.safetensors")
+    assert len(header["trainer"]["history"]) >= 1
+    assert not list(Path.cwd().glob("*.tmp"))
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    assert train("--epochs", "1").exit_code == 0
+    process = spawn(
+        "generate", "fastrnn.safetensors", "--prefix", "the", "--length", "200000",
+        "--backend", "numpy",
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.read(10).startswith("the")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+def test_a_full_disk_loses_nothing() -> None:
+    """A limit on file sizes stands for the full disk: writing fails in the middle of the file."""
+    assert train("--epochs", "1").exit_code == 0
+    before = Path("fastrnn.safetensors").read_bytes()
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from fastrnn.cli import main\n"
+        "sys.argv = ['fastrnn', 'train', '--resume', 'fastrnn.safetensors', '--epochs', '2']\n"
+        "main()\n"
+    )
+    root = str(Path(fastrnn.__file__).parent.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, "FASTRNN_BACKEND": "numpy"},
+    )
+    assert result.returncode == 1
+    assert "fastrnn: error: File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert Path("fastrnn.safetensors").read_bytes() == before
+    assert not list(Path.cwd().glob(".*.tmp"))
+
+
+# --- generate, info, help ---
+
+
+def test_generate_streams_what_the_model_generates() -> None:
+    assert train("--epochs", "3").exit_code == 0
+    model = fastrnn.load("fastrnn.safetensors", "numpy")
+    one = run("generate", "fastrnn.safetensors", "--prefix", "the ", "--length", "20")
+    assert one.output == model.generate("the ", 20) + "\n"
+    how = ["--temperature", "0.9", "--top-k", "5", "--seed", "3"]
+    two = run("generate", "fastrnn.safetensors", "--prefix", "sea", "--prefix", "hat", *how)
+    want = model.generate(["sea", "hat"], 50, temperature=0.9, top_k=5, seed=3)
+    assert two.output.splitlines() == want
+    best = run("generate", "fastrnn.safetensors", "--prefix", "the", "--best")
+    assert best.output == fastrnn.load("fastrnn.safetensors", best=True).generate("the", 50) + "\n"
+    unknown = run("generate", "fastrnn.safetensors", "--prefix", "THE")
+    assert unknown.exit_code == 1
+    assert "'T' (U+0054)" in unknown.output
+
+
+def test_info() -> None:
+    plain = run("info")
+    assert plain.exit_code == 0
+    assert "auto chooses" in plain.output
+    facts = json.loads(run("info", "--json").output)
+    assert facts["backends"]["numpy"] is None
+    assert facts["fastrnn"] == fastrnn.__version__
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["info"]])
+def test_help_has_examples(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert not command or f"fastrnn {command[0]} " in result.output
+    assert run("--version").output.strip() == f"fastrnn {fastrnn.__version__}"
