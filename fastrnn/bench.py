@@ -72,8 +72,8 @@ steps and gradients through T steps of float32 stay below 1e-5; TF32 keeps 11 bi
 
 CHECK_STEPS = 3
 CHECK_CHARACTERS = 12
-SETTLE_SECONDS = 0.06
-"""Idle BLAS and OpenMP threads spin for up to some 30 ms after a worker's turn."""
+SETTLE_SECONDS = 0.15
+"""Idle threads spin after a worker's turn: OpenBLAS's for up to 0.1 s, OpenMP's for some 5 ms."""
 
 
 # --- Contenders ------------------------------------------------------------------------------
