@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.conftest import Timed
 from benchmarks.peers.fastrnn_backend import Step
-from fastrnn.backend import Backend
+from fastrnn.backend import Backend, Dims
 from fastrnn.bench import HEADLINE, SIZES, make_problem
 from tests.tolerances import assert_close
 
@@ -23,7 +23,7 @@ def test_scaling(
 ) -> None:
     letter, value = sweep
     base = HEADLINE if pytestconfig.getoption("benchmark_enable") else SIZES["tiny"]
-    dims = dataclasses.replace(base, **{letter: value})
+    dims = Dims(**{**dataclasses.asdict(base), letter: value})
     problem, expected = make_problem("step", dims)
     step = Step(problem, backend.name)
     step.run(1)

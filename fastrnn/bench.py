@@ -516,6 +516,8 @@ class Worker:
         return answer
 
     def _failure(self, what: str) -> WorkerError:
+        """The error for a worker that is of no more use; ends it."""
+        self._process.kill()
         self._log.seek(0)
         tail = self._log.read().decode(errors="replace").strip().splitlines()[-3:]
         return WorkerError(f"{what}: {' | '.join(tail) or 'no message'}")
@@ -619,6 +621,20 @@ class BenchResult:
     rates: dict[str, float] = field(default_factory=dict)
     first_call: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def merge(self, other: BenchResult) -> None:
+        """Take in the tables of another run on the same machine."""
+        self.rows += other.rows
+        self.dims |= other.dims
+        self.first_call |= other.first_call
+        self.seconds += other.seconds
+        for key, rate in other.rates.items():
+            self.rates[key] = max(rate, self.rates.get(key, 0.0))
+
+    def find(self, workload: str, size: str, name: str) -> Row | None:
+        """The row of one contender, if it was asked for."""
+        rows = (r for r in self.rows if (r.workload, r.size, r.name) == (workload, size, name))
+        return next(rows, None)
 
     def select(self, workload: str, size: str, device: str | None = None) -> list[Row]:
         """The rows of one table, fastest first, those without a time last."""
@@ -886,9 +902,13 @@ def _summarise(rows: Sequence[Row], dims: Dims, rates: Mapping[str, float]) -> N
             if r.workload == "step" and device == "cpu" and rates:
                 r.floor = work("step", dims).flop / rates["flops"]
             if base is not None:
-                ratios = [a / b for a, b in zip(r.rounds, base.rounds, strict=False)]
-                r.ratio = statistics.median(ratios)
-                r.ratio_low, r.ratio_high = min(ratios), max(ratios)
+                r.ratio, r.ratio_low, r.ratio_high = paired_ratio(r.rounds, base.rounds)
+
+
+def paired_ratio(rounds: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lowest and highest of the round-by-round ratios ``rounds / base``."""
+    ratios = [a / b for a, b in zip(rounds, base, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def measure_first_call(backend: str = "numba", size: str = "headline") -> dict[str, float]:

@@ -67,7 +67,7 @@ class _Op:
 
 
 class Recurrence(_Op):
-    names = ("z", "W_hh", "h0")
+    names: tuple[str, ...] = ("z", "W_hh", "h0")
 
     def build(self) -> None:
         self.h = self.backend.empty(self.a["z"].shape, self.a["z"].dtype)

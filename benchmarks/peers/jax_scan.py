@@ -71,7 +71,7 @@ class Step:
 
 
 class Recurrence:
-    names = ("z", "W_hh", "h0")
+    names: tuple[str, ...] = ("z", "W_hh", "h0")
 
     def __init__(self, problem: dict[str, Any], variant: str) -> None:
         self.args = put(problem, variant, *self.names)

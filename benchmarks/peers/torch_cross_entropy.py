@@ -18,7 +18,7 @@ from torch_rnn import versions as torch_versions
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = torch_versions()
+    found: dict[str, str] = torch_versions()
     with contextlib.suppress(PackageNotFoundError):
         found["liger-kernel"] = version("liger-kernel")
     return found

@@ -85,7 +85,7 @@ def machine_rates(problem: dict[str, Any]) -> dict[str, float]:
     H, V = problem["W_hq"].shape
     n = problem["X"][0].size
     rng = np.random.default_rng(0)
-    gemms = [lambda a, b, out: np.matmul(a, b, out=out)]
+    gemms: list[Any] = [lambda a, b, out: np.matmul(a, b, out=out)]
     try:
         from scipy.linalg.blas import sgemm
 
@@ -158,9 +158,8 @@ def main() -> None:
             for _ in range(task["times"]):
                 contender.run(task["units"])
                 results.append({key: np.array(a) for key, a in contender.result().items()})
-            np.savez(
-                task["path"], **{key: np.stack([r[key] for r in results]) for key in results[0]}
-            )
+            stacked: Any = {key: np.stack([r[key] for r in results]) for key in results[0]}
+            np.savez(task["path"], **stacked)
             reply({"checked": task["times"]})
         elif task["do"] == "machine":
             rates = machine_rates(problem)
