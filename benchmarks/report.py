@@ -239,6 +239,22 @@ def plot_recurrence(path: Path, result: BenchResult, ours: str = "numba") -> boo
     return True
 
 
+def _label_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names in a column right of the points, in their order, each with a line to its point."""
+    column = 2.2 * max((x for x, _ in points.values()), default=0.0)
+    last = math.inf
+    for op, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
+        last = min(y, last / 1.45)
+        axes.annotate(
+            op,
+            (x, y),
+            xytext=(column, last),
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#aaa", "lw": 0.7, "relpos": (0, 0.5)},
+        )
+
+
 def plot_roofline(path: Path, suite: Sequence[dict[str, Any]]) -> bool:
     """Rate over arithmetic intensity of the headline ops, under the two roofs of this machine."""
     h = {k: getattr(HEADLINE, k) for k in "TBHV"}
@@ -250,39 +266,37 @@ def plot_roofline(path: Path, suite: Sequence[dict[str, Any]]) -> bool:
         return False
     figure = _figure(8, 5)
     axes = figure.subplots()
-    xs = [b["extra_info"]["flop"] / b["extra_info"]["bytes"] for b in ops]
-    low, high = min(xs) / 3, max(xs) * 4
+    points = {
+        (b["extra_info"]["backend"], b["group"]): (
+            b["extra_info"]["flop"] / b["extra_info"]["bytes"],
+            b["extra_info"]["gflops"],
+        )
+        for b in ops
+        if "rates" in b["extra_info"]  # the roofs are the CPU's
+    }
+    low, high = min(x for x, _ in points.values()) / 3, max(x for x, _ in points.values()) * 20
     peak, bandwidth = rates["flops"] / 1e9, rates["bandwidth"] / 1e9
     ridge = peak / bandwidth
     axes.plot([low, ridge, high], [low * bandwidth, peak, peak], color="#444", lw=1.2)
-    axes.text(high, peak * 1.08, f"SGEMM {peak:.0f} GFLOP/s", ha="right", fontsize=8)
-    axes.text(
-        low * 1.1, low * bandwidth * 1.9, f"copy from memory {bandwidth:.0f} GB/s", fontsize=8
-    )
-    backends = list(dict.fromkeys(b["extra_info"]["backend"] for b in ops))
-    labelled = backends[0]
+    axes.text(ridge, peak * 1.1, f"SGEMM {peak:.0f} GFLOP/s", fontsize=8)
+    knee = ridge / 1.6
+    slope = f"copy from memory {bandwidth:.0f} GB/s  "
+    axes.text(knee, knee * bandwidth, slope, ha="right", va="bottom", fontsize=8)
+    backends = list(dict.fromkeys(backend for backend, _ in points))
     for backend in backends:
-        mine = [b for b in ops if b["extra_info"]["backend"] == backend]
+        mine = [point for (owner, _), point in points.items() if owner == backend]
         axes.plot(
-            [b["extra_info"]["flop"] / b["extra_info"]["bytes"] for b in mine],
-            [b["extra_info"]["gflops"] for b in mine],
+            *zip(*mine, strict=True),
             MARKERS.get(backend, "o"),
             color=COLOURS.get(backend),
             label=f"fastrnn {backend}",
         )
-    tops: dict[float, float] = {}
-    for b in sorted(
-        (b for b in ops if b["extra_info"]["backend"] == labelled),
-        key=lambda b: -b["extra_info"]["gflops"],
+    named = {op: point for (owner, op), point in points.items() if owner == backends[0]}
+    for group in (
+        {op: point for op, point in named.items() if point[0] < ridge},
+        {op: point for op, point in named.items() if point[0] >= ridge},
     ):
-        info = b["extra_info"]
-        x, y = info["flop"] / info["bytes"], info["gflops"]
-        # keep labels of neighbours apart: push one down that would overlap the one above it
-        for other_x, other_y in tops.items():
-            if 1 / 6 < x / other_x < 6 and y > other_y / 1.45:
-                y = other_y / 1.45
-        tops[x] = y
-        axes.annotate(b["group"], (x, y), xytext=(7, -3), textcoords="offset points", fontsize=8)
+        _label_points(axes, group)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)

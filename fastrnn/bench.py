@@ -406,8 +406,10 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
     fields = dict(re.findall(r"^([\w ]+?)\s*: *(.*)$", text, re.MULTILINE))
     name = fields.get("model name", platform.machine())
-    simd = next((s for s in ("avx512f", "avx2", "avx") if s in fields.get("flags", "")), "")
-    return f"{name} {simd}".strip()
+    known = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "asimd": "NEON"}
+    flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
+    simd = [label for flag, label in known.items() if flag in flags][:1]
+    return " ".join([name, *(f"({label})" for label in simd)])
 
 
 def _memory_gib() -> float | None:
