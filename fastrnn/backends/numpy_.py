@@ -150,7 +150,9 @@ class NumpyBackend(Backend):
         self, grads: Sequence[Array], max_norm: float, out: Array | None = None
     ) -> Array:
         norm = np.empty((), grads[0].dtype) if out is None else out
-        norm[...] = np.sqrt(sum(float(np.vdot(g, g)) for g in grads))
+        # float32 sums of at most 2**16 squares, added up in float64: millions lose digits
+        chunks = (g.ravel()[i : i + (1 << 16)] for g in grads for i in range(0, g.size, 1 << 16))
+        norm[...] = np.sqrt(sum(float(np.vdot(c, c)) for c in chunks))
         if norm > max_norm:
             for g in grads:
                 g *= g.dtype.type(max_norm / float(norm))

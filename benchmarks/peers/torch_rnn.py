@@ -1,0 +1,191 @@
+"""PyTorch: ``nn.RNN``, which is cuDNN's recurrence on a GPU.
+
+The variant is words joined by ``-``: ``onehot`` (one-hot vectors into ``nn.RNN``) or ``gather``
+(an embedding into ``nn.RNN``, whose own input product is then one with the identity: ``nn.RNN``
+has no way round it), then ``cuda`` for a GPU and ``graph`` for a step replayed as a CUDA graph.
+TF32 is off: every peer computes in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+NAMES = ("W_xh", "W_hh", "b_h", "W_hq", "b_q")
+
+
+def versions() -> dict[str, str]:
+    found = {"torch": torch.__version__}
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return found
+
+
+def device_of(words: list[str]) -> torch.device:
+    if "cuda" not in words:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ImportError("torch finds no CUDA device")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda")
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def fixed(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class Model(nn.Module):
+    """Embedding or one-hot, ``nn.RNN``, output layer: logits [T, B, V] and the last state."""
+
+    def __init__(self, p: dict[str, torch.Tensor], one_hot: bool) -> None:
+        super().__init__()
+        V, H = p["W_xh"].shape
+        self.V, self.one_hot = V, one_hot
+        self.rnn = nn.RNN(V if one_hot else H, H)
+        self.rnn.weight_hh_l0 = nn.Parameter(p["W_hh"].T.contiguous())
+        self.rnn.bias_hh_l0 = nn.Parameter(p["b_h"])
+        self.rnn.bias_ih_l0 = fixed(torch.zeros(H))
+        if one_hot:
+            self.rnn.weight_ih_l0 = nn.Parameter(p["W_xh"].T.contiguous())
+        else:
+            self.W_xh = nn.Parameter(p["W_xh"])
+            self.rnn.weight_ih_l0 = fixed(torch.eye(H))
+        self.out = nn.Linear(H, V)
+        self.out.weight = nn.Parameter(p["W_hq"].T.contiguous())
+        self.out.bias = nn.Parameter(p["b_q"])
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = (
+            functional.one_hot(x, self.V).float()
+            if self.one_hot
+            else functional.embedding(x, self.W_xh)
+        )
+        hs, last = self.rnn(inputs, h[None])
+        return self.out(hs), last[0]
+
+
+class Step:
+    """Forward, backward, ``clip_grad_norm_``, SGD; the state is carried."""
+
+    def __init__(self, problem: dict[str, Any], variant: str) -> None:
+        words = variant.split("-")
+        self.device = device_of(words)
+        self.model = self.build(words, {n: torch.tensor(problem[n]) for n in NAMES}).to(self.device)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.max_norm = float(problem["max_norm"])
+        self.sgd = torch.optim.SGD(self.params, lr=float(problem["lr"]), fused=True)
+        self.X = torch.tensor(problem["X"], dtype=torch.long, device=self.device)
+        self.Y = torch.tensor(problem["Y"], dtype=torch.long, device=self.device)
+        self.h = torch.tensor(problem["h0"], device=self.device)
+        self.done = 0
+        self.train = self.graphed() if "graph" in words else self.step
+
+    def build(self, words: list[str], p: dict[str, torch.Tensor]) -> nn.Module:
+        return Model(p, "onehot" in words)
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        logits, h = self.model(x, self.h)
+        loss = functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        self.sgd.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params, self.max_norm)
+        self.sgd.step()
+        self.h, self.loss = h.detach(), loss.detach()
+
+    def graphed(self) -> Any:
+        """The same step captured once; the warm-up's changes are undone."""
+        x, y, h = self.X[0].clone(), self.Y[0].clone(), self.h.clone()
+        before = [p.detach().clone() for p in self.params]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step(x, y)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.no_grad():
+            for p, old in zip(self.params, before, strict=True):
+                p.copy_(old)
+        self.h = h
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step(x, y)
+            h.copy_(self.h)
+
+        def replay(x_new: torch.Tensor, y_new: torch.Tensor) -> None:
+            x.copy_(x_new)
+            y.copy_(y_new)
+            graph.replay()
+
+        return replay
+
+    def run(self, n: int) -> None:
+        for _ in range(n):
+            i = self.done % len(self.X)
+            self.train(self.X[i], self.Y[i])
+            self.done += 1
+        wait(self.device)
+
+    def result(self) -> dict[str, Any]:
+        return {"loss": self.loss.cpu().numpy()}
+
+
+class Recurrence:
+    """``nn.RNN`` on the gathered input z, without gradients."""
+
+    def __init__(self, problem: dict[str, Any], variant: str) -> None:
+        words = variant.split("-")
+        self.device = device_of(words)
+        H = len(problem["W_hh"])
+        self.args = {
+            name: torch.tensor(problem[name], device=self.device)
+            for name in ("z", "W_hh", "h0", "dh")
+        }
+        self.rnn = nn.RNN(H, H, bias=False).to(self.device)
+        self.rnn.weight_ih_l0 = fixed(torch.eye(H, device=self.device))
+        self.rnn.weight_hh_l0 = nn.Parameter(self.args["W_hh"].T.contiguous())
+
+    def forward(self) -> Any:
+        return self.rnn(self.args["z"], self.args["h0"][None])[0]
+
+    def once(self) -> None:
+        with torch.no_grad():
+            self.h = self.forward()
+
+    def run(self, n: int) -> None:
+        for _ in range(n):
+            self.once()
+        wait(self.device)
+
+    def result(self) -> dict[str, Any]:
+        return {"h": self.h.cpu().numpy()}
+
+
+class RecurrenceBPTT(Recurrence):
+    """With autograd's backward pass."""
+
+    def __init__(self, problem: dict[str, Any], variant: str) -> None:
+        super().__init__(problem, variant)
+        for name in ("z", "h0"):
+            self.args[name].requires_grad_()
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [self.args["z"], self.rnn.weight_hh_l0, self.args["h0"]]
+
+    def once(self) -> None:
+        self.grads = torch.autograd.grad(self.forward(), self.leaves(), self.args["dh"])
+
+    def result(self) -> dict[str, Any]:
+        dz, dW, dh0 = (g.cpu().numpy() for g in self.grads)
+        return {"dz": dz, "dW_hh": dW.T, "dh0": dh0}
+
+
+WORKLOADS = {"step": Step, "recurrence": Recurrence, "recurrence+bptt": RecurrenceBPTT}

@@ -1,0 +1,430 @@
+"""The logic of the benchmarks: checks before times, missing peers, ratios, the gate, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import compare, gate, report
+from fastrnn import bench
+from fastrnn.bench import BenchResult, Contender, Row
+
+PNG = b"\x89PNG\r\n"
+
+
+def row(name: str, rounds: list[float], **more: Any) -> Row:
+    settings: dict[str, Any] = {
+        "workload": "step",
+        "size": "headline",
+        "ours": False,
+        "device": "cpu",
+    } | more
+    return Row(name=name, label=f"the {name}", rounds=rounds, **settings)
+
+
+@pytest.fixture
+def result() -> BenchResult:
+    """A small result: ours, two peers, one that is missing."""
+    rows = [
+        row("numba", [0.010, 0.012, 0.011], ours=True),
+        row("jax-scan", [0.015, 0.024, 0.011]),
+        row("tf-eager", [0.1, 0.12, 0.11]),
+        row("torch-compile", [], status="missing", reason="No module named 'torch'"),
+    ]
+    rates = {"flops": 2.2e11, "bandwidth": 3e10}
+    bench._summarise(rows, bench.HEADLINE, rates)
+    for workload, size in (("recurrence+bptt", "headline"), ("recurrence+bptt", "B1")):
+        pair = [
+            row("numba", [1e-3, 1e-3], ours=True, workload=workload, size=size),
+            row("jax-scan", [2e-3, 2e-3], workload=workload, size=size),
+        ]
+        bench._summarise(pair, bench.SIZES[size], {})
+        rows += pair
+    return BenchResult(
+        machine={
+            "cpu": "Some CPU @ 2.6 GHz",
+            "cores": 2,
+            "memory_gib": 16.0,
+            "gpus": [],
+            "system": "Linux x86_64",
+            "python": "3.11.7",
+            "numpy": "2.0.0",
+            "blas": ["openblas 0.3.30 (SkylakeX, 2 threads)"],
+            "thread_environment": {},
+            "load": 0.1,
+        },
+        commit={"id": "0123456789abcdef", "time": "2026-01-02T03:04:05+00:00", "dirty": False},
+        date="2026-01-02 03:04 UTC",
+        rows=rows,
+        dims={s: {k: getattr(bench.SIZES[s], k) for k in "TBHV"} for s in ("headline", "B1")},
+        rates=rates,
+        first_call={"numba": {"cold": 9.0, "warm": 0.5}},
+    )
+
+
+def suite() -> list[dict[str, Any]]:
+    """Benchmarks as the suite's JSON holds them: two ops at the headline size and four sweeps."""
+
+    def benchmark(group: str, op: str, dims: Any, seconds: float, **more: Any) -> dict[str, Any]:
+        needed = bench.work(op, dims)
+        info = {
+            "backend": "numba",
+            "op": op,
+            "dims": {k: getattr(dims, k) for k in "TBHV"},
+            "flop": needed.flop,
+            "bytes": needed.bytes,
+            "gflops": needed.flop / seconds / 1e9,
+            "rates": {"flops": 2e11, "bandwidth": 3e10},
+            "percent_of_floor": 42.0,
+            **more,
+        }
+        stats = {"median": seconds, "min": seconds, "max": seconds}
+        return {"group": group, "name": f"test_{group}", "extra_info": info, "stats": stats}
+
+    found = [
+        benchmark("project", "project", bench.HEADLINE, 3e-3),
+        benchmark("gather", "gather", bench.HEADLINE, 1e-4),
+    ]
+    for letter in "TBHV":
+        for factor in (1, 2):
+            value = getattr(bench.HEADLINE, letter) * factor
+            dims = dataclasses.replace(bench.HEADLINE, **{letter: value})
+            found.append(
+                benchmark(f"scaling in {letter}", "step", dims, 1e-2 * factor, sweep=letter)
+            )
+    return found
+
+
+# --- Work and errors -------------------------------------------------------------------------
+
+
+def test_a_headline_step_has_the_documented_work() -> None:
+    assert bench.work("step", bench.HEADLINE).flop == pytest.approx(2.21e9, rel=2e-3)
+    products = ("recurrence", "recurrence_backward", "project", "project_backward")
+    parts = sum(bench.work(op, bench.HEADLINE).flop for op in products)
+    assert bench.work("step", bench.HEADLINE).flop == parts
+
+
+def test_the_floor_is_the_slower_of_compute_and_memory() -> None:
+    work = bench.Work(flop=100.0, bytes=10.0)
+    assert work.floor_seconds(flops=10.0, bandwidth=100.0) == 10.0
+    assert work.floor_seconds(flops=1000.0, bandwidth=1.0) == 10.0
+
+
+def test_relative_error_rejects_what_is_not_the_oracles() -> None:
+    want = [{"loss": np.asarray(2.0)}, {"loss": np.asarray(4.0)}]
+    assert bench.relative_error({"loss": np.array([2.0, 4.0])}, want) == 0.0
+    assert bench.relative_error({"loss": np.array([2.0, 4.4])}, want) == pytest.approx(0.1)
+    assert bench.relative_error({"loss": np.array([np.nan, 4.0])}, want) == np.inf
+    assert bench.relative_error({"loss": np.array([2.0, np.nan])}, want) == np.inf
+    assert bench.relative_error({"loss": np.array([2.0])}, want) == np.inf
+    tokens = [{"tokens": np.array([[1, 2]])}]
+    assert bench.relative_error({"tokens": np.array([[[1, 2]]])}, tokens) == 0.0
+    assert bench.relative_error({"tokens": np.array([[[1, 3]]])}, tokens) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.234, "1.23 s"),
+        (0.01234, "12.3 ms"),
+        (0.9996e-3, "1000 µs"),
+        (1.5e-7, "0.150 µs"),
+        (2e-4, "200 µs"),
+    ],
+)
+def test_times_have_three_digits(seconds: float, text: str) -> None:
+    assert bench.format_seconds(seconds) == text
+
+
+def test_zipf_tokens_are_tokens() -> None:
+    tokens = bench.zipf_tokens(np.random.default_rng(0), 5000, 40)
+    assert tokens.dtype == np.int32
+    assert tokens.min() >= 0
+    assert tokens.max() < 40
+    counts = np.sort(np.bincount(tokens))
+    assert counts[-1] > 5 * counts[0]
+
+
+# --- Workers ---------------------------------------------------------------------------------
+
+ODD_PEER = """
+import os, sys
+import numpy as np
+import numpy_reference
+
+def versions():
+    return {}
+
+class Step(numpy_reference.Step):
+    def __init__(self, problem, variant):
+        if variant == "unclipped":
+            problem = {**problem, "max_norm": np.float32(1e9)}
+        super().__init__(problem, variant)
+        self.variant, self.calls = variant, 0
+
+    def run(self, n):
+        print("frameworks print what they like")
+        self.calls += 1
+        if self.variant == "dies" and self.calls == 3:
+            sys.stderr.write("out of luck")
+            os._exit(3)
+        super().run(n)
+
+WORKLOADS = {"step": Step}
+"""
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Any:
+    """Peers of a file of this test's own, by variant: "right", "unclipped", "dies"."""
+    (tmp_path / "odd_peer.py").write_text(ODD_PEER)
+    root = Path(bench.__file__).parent.parent
+
+    def make(variant: str, module: str = "odd_peer") -> Contender:
+        paths = f"{tmp_path}:{root}"
+        env = {"PYTHONPATH": paths}
+        return Contender(variant, variant, module, variant, ("step",), env=env)
+
+    return make
+
+
+def test_rows_of_right_wrong_dying_and_missing_contenders(peer: Any) -> None:
+    contenders = [
+        bench.backend_contender("numpy"),
+        peer("right"),
+        peer("unclipped"),
+        peer("dies"),
+        peer("absent", module="no_such_peer"),
+    ]
+    rows, rates = bench.measure(contenders, "step", "tiny", rounds=2, turn_seconds=0.002)
+    by_name = {r.name: r for r in rows}
+    assert [r.status for r in rows] == ["ok", "ok", "wrong", "failed", "missing"]
+    assert by_name["numpy"].ratio == 1.0
+    right = by_name["right"]
+    assert right.seconds is not None
+    assert right.seconds > 0
+    assert right.error is not None
+    assert right.error < 1e-5
+    assert right.ratio is not None
+    assert right.ratio_low is not None
+    assert right.ratio_high is not None
+    assert right.ratio_low <= right.ratio <= right.ratio_high
+    for name in ("unclipped", "dies", "absent"):
+        assert by_name[name].seconds is None
+    assert "against the oracle" in by_name["unclipped"].reason
+    assert "out of luck" in by_name["dies"].reason
+    assert "no_such_peer" in by_name["absent"].reason
+    assert rates["flops"] > 0
+    assert rates["bandwidth"] > 0
+
+
+def test_a_worker_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
+    np.savez(tmp_path / "problem.npz", X=np.zeros(1))
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
+    sleeper = Contender(
+        "sleeper", "sleeper", "sleeper", "", ("step",), env={"PYTHONPATH": str(tmp_path)}
+    )
+    with pytest.raises(bench.WorkerError, match=r"no answer within 2 s"):
+        bench.Worker(sleeper, "step", tmp_path / "problem.npz", timeout=2)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown workload 'walk'"):
+        bench.run_bench(["walk"])
+    with pytest.raises(ValueError, match="unknown size 'huge'"):
+        bench.run_bench(["step"], ["huge"])
+    with pytest.raises(ValueError, match="unknown peer 'theano'"):
+        bench.choose_contenders(["theano"])
+    with pytest.raises(ValueError, match="unknown backend 'abacus'"):
+        bench.choose_contenders("none", ["abacus"])
+    with pytest.raises(ValueError, match="peers must be"):
+        bench.choose_contenders("some")
+    with pytest.raises(ValueError, match="rounds"):
+        bench.run_bench(rounds=0)
+
+
+def test_run_bench_measures_our_backend() -> None:
+    result = bench.run_bench(
+        ["step"], ["tiny"], peers="none", backends=["numpy"], rounds=1, turn_seconds=0.002
+    )
+    found = result.find("step", "tiny", "numpy")
+    assert found is not None
+    assert found.status == "ok", found.reason
+    assert result.machine["cores"] >= 1
+    assert "fastrnn numpy" in result.table()
+
+
+def test_every_peer_has_its_file() -> None:
+    names = [p.name for p in bench.PEERS]
+    assert len(set(names)) == len(names)
+    for p in bench.PEERS:
+        assert (bench.PEER_FOLDER / f"{p.module}.py").is_file(), p.name
+        assert set(p.workloads) <= set(bench.WORKLOADS), p.name
+
+
+# --- Results ---------------------------------------------------------------------------------
+
+
+def test_ratios_are_taken_round_by_round(result: BenchResult) -> None:
+    jax = result.find("step", "headline", "jax-scan")
+    assert jax is not None
+    assert (jax.ratio, jax.ratio_low, jax.ratio_high) == (1.5, 1.0, 2.0)
+    assert (jax.seconds, jax.low, jax.high) == (0.015, 0.011, 0.024)
+
+
+def test_json_and_back(result: BenchResult) -> None:
+    again = BenchResult.from_json(result.to_json())
+    assert again.to_json() == result.to_json()
+    assert again.rows[3].reason == "No module named 'torch'"
+    for text in ("{}", "[]", '{"schema": 99}'):
+        with pytest.raises(ValueError, match="schema"):
+            BenchResult.from_json(text)
+
+
+def test_the_table_is_sorted_and_names_the_missing(result: BenchResult) -> None:
+    lines = result.markdown("step", "headline").splitlines()
+    body = [line for line in lines if line.startswith("| the ")]
+    assert [line.split("|")[1].strip() for line in body] == [
+        "the numba",
+        "the jax-scan",
+        "the tf-eager",
+    ]
+    assert "1.50 (1.00–2.00)" in body[1]
+    assert "- the torch-compile: missing: No module named 'torch'" in lines
+    assert len({len(line) for line in lines if line.startswith("|")}) == 1
+
+
+def test_merging_results(result: BenchResult) -> None:
+    other = BenchResult.from_json(result.to_json())
+    other.rows = [row("numba", [1.0], ours=True, workload="generate")]
+    other.rates = {"flops": 3e11, "bandwidth": 1e10}
+    before = len(result.rows)
+    result.merge(other)
+    assert len(result.rows) == before + 1
+    assert result.rates == {"flops": 3e11, "bandwidth": 3e10}
+
+
+def test_a_plot_needs_times(result: BenchResult, tmp_path: Path) -> None:
+    result.plot(tmp_path / "step.png")
+    assert (tmp_path / "step.png").read_bytes().startswith(PNG)
+    with pytest.raises(ValueError, match="no times"):
+        result.plot(tmp_path / "none.png", "generate")
+
+
+# --- Gate ------------------------------------------------------------------------------------
+
+
+def test_the_gate_judges_ratios(result: BenchResult) -> None:
+    gates = [
+        gate.Gate("step", "headline", "jax-scan", 1.5),
+        gate.Gate("step", "headline", "jax-scan", 1.6),
+        gate.Gate("step", "headline", "torch-compile", 1.0),
+        gate.Gate("step", "headline", "floor", 0.9),
+        gate.Gate("step", "T512", "jax-scan", 1.0),
+    ]
+    met, missed, missing, floor, unmeasured = gate.judge(result, gates)
+    assert (met.met(), missed.met(), missed.met(margin=0.1)) == (True, False, True)
+    assert missing.measured is None
+    assert "No module named 'torch'" in missing.why
+    assert floor.measured == pytest.approx(2.2066e9 / 2.2e11 / 0.011, rel=1e-3)
+    assert unmeasured.measured is None
+    text = gate.table([met, missed, missing])
+    assert "met" in text
+    assert "**missed**" in text
+
+
+def test_the_gates_exit_status(result: BenchResult, tmp_path: Path) -> None:
+    path = tmp_path / "peers.json"
+    path.write_text(result.to_json())
+    assert gate.main([str(path), "--margin", "0.2"]) == 0
+    assert gate.main([str(path), "--strict"]) == 1
+    slow = result.find("step", "headline", "numba")
+    assert slow is not None
+    slow.rounds = [10 * r for r in slow.rounds]
+    path.write_text(result.to_json())
+    assert gate.main([str(path)]) == 1
+
+
+# --- Comparison with another commit ----------------------------------------------------------
+
+
+def test_comparison_lines() -> None:
+    old, new = row("numba@main", [1.0, 2.0, 1.0]), row("numba@this-tree", [2.0, 1.0, 2.0])
+    for r in (old, new):
+        r.seconds = sorted(r.rounds)[1]
+    cells, slower = compare.line(old, new, allowed=1.1)
+    assert slower
+    assert cells[0] == "step, headline, numba"
+    assert cells[3] == "0.50 (0.50–2.00)"
+    assert not compare.line(new, old, allowed=1.1)[1]
+    assert not compare.line(old, new, allowed=2.5)[1]
+    gone = row("numba@main", [], status="failed", reason="no such backend")
+    cells, slower = compare.line(gone, new, allowed=1.1)
+    assert "no such backend" in cells[4]
+    assert not slower
+    assert compare.line(new, gone, allowed=1.1)[1]
+
+
+# --- Report ----------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_folder(result: BenchResult, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="neither"):
+        report.write(tmp_path)
+    (tmp_path / "peers.json").write_text(result.to_json())
+    (tmp_path / "suite.json").write_text(json.dumps({"benchmarks": suite()}))
+    for _ in range(2):
+        report.append_history(tmp_path / "history.jsonl", result)
+    text = report.write(tmp_path).read_text()
+    for name in ("step", "recurrence", "roofline", "scaling", "history"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG), name
+        assert f"({name}.png)" in text
+    assert "Some CPU @ 2.6 GHz, 2 cores" in text
+    assert "9.0 s with an empty JIT cache" in text
+    assert "| project " in text
+    assert "42%" in text
+
+
+def test_a_report_without_peers_or_without_a_suite(result: BenchResult, tmp_path: Path) -> None:
+    (tmp_path / "suite.json").write_text(json.dumps({"benchmarks": suite()[:1]}))
+    assert "Against peers" not in report.write(tmp_path).read_text()
+    (tmp_path / "suite.json").unlink()
+    (tmp_path / "peers.json").write_text(result.to_json())
+    text = report.write(tmp_path).read_text()
+    assert "Against peers" in text
+    assert "roofline" not in text
+    (tmp_path / "suite.json").write_text("{}")
+    with pytest.raises(ValueError, match="pytest-benchmark"):
+        report.write(tmp_path)
+
+
+def test_history_keeps_one_line_a_run(result: BenchResult, tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    assert report.read_history(path) == []
+    report.append_history(path, result)
+    (entry,) = report.read_history(path)
+    assert entry["seconds"]["step|headline|numba"] == 0.011
+    assert "step|headline|torch-compile" not in entry["seconds"]
+
+
+def test_the_readme_block(result: BenchResult, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n{report.BEGIN}\nold\n{report.END}\nrest\n")
+    report.update_readme(readme, report.readme_block(result, "step.png"))
+    text = readme.read_text()
+    assert "old" not in text
+    assert text.startswith("# Title\n")
+    assert text.endswith(f"{report.END}\nrest\n")
+    assert "![Time of one training step](step.png)" in text
+    assert "| the jax-scan " in text
+    assert "2026-01-02" in text
+    assert "the torch-compile: missing" in text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.update_readme(readme, "x")
