@@ -1,4 +1,4 @@
-"""The command line: ``fastrnn train | generate | info``.
+"""The command line: ``fastrnn train | generate | bench | info``.
 
 Exit codes: 0 done (also when stopped by Ctrl-C), 1 failed, with one line that says why, 2 wrong
 usage.
@@ -349,6 +349,66 @@ def generate(
 
 @app.command()
 @_friendly
+def bench(
+    workload: Annotated[
+        list[str] | None, typer.Option(help="step, recurrence, generate, …; repeatable.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="headline, B1, H1024, …; repeatable.")
+    ] = None,
+    backend: Annotated[
+        list[BackendName] | None, typer.Option(help="Only these of ours; repeatable.")
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="installed, all (those that compile for long too), or none.")
+    ] = "installed",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every contender.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every contender.")] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Write the result here; - is stdout.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the first table here.")] = None,
+) -> None:
+    """Time our backends on this machine, and the peers that are installed on it.
+
+    Every contender runs in a process of its own, is checked against the float64 oracle first, and
+    takes turns with the others; ratios are medians over the turns.
+
+    [bold]Examples[/bold]
+
+    fastrnn bench
+
+    fastrnn bench --workload recurrence --size headline --size H1024 --plot bench.png
+    """
+    from fastrnn.bench import run_bench
+
+    if plot is not None:
+        require_matplotlib()
+        check_writable(plot)
+    if json_file not in (None, "-"):
+        check_writable(Path(str(json_file)))
+    quiet = not sys.stderr.isatty()
+    result = run_bench(
+        workload or ("step", "generate"),
+        size or ("headline",),
+        peers=peers,
+        backends=[name.value for name in backend] if backend else None,
+        rounds=rounds,
+        threads=threads,
+        progress=lambda line: None if quiet else print(f"… {line}", file=sys.stderr),
+    )
+    if json_file == "-":
+        print(result.to_json(), end="")
+    else:
+        print(result.table())
+        if json_file is not None:
+            Path(json_file).write_text(result.to_json(), encoding="utf-8")
+    if plot is not None:
+        result.plot(plot, *result.tables()[0])
+
+
+@app.command()
+@_friendly
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
@@ -363,7 +423,11 @@ def info(
         print(json.dumps(facts, indent=1))
         return
     print(f"fastrnn {facts['fastrnn']}, Python {facts['python']}, {facts['platform']}")
-    print(f"CPU: {facts['cpu']}, {facts['cpus']} usable")
+    print(f"CPU: {facts['machine']['cpu']}, {facts['machine']['cores']} cores to use")
+    for gpu in facts["machine"]["gpus"] or [{"name": "none found", "driver": "none"}]:
+        print(f"GPU: {gpu['name']}, driver {gpu['driver']}")
+    for blas in facts["machine"]["blas"]:
+        print(f"BLAS: {blas}")
     print("packages: " + ", ".join(f"{name} {v}" for name, v in facts["packages"].items()))
     print("backends:")
     for name, reason in facts["backends"].items():
@@ -382,28 +446,19 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     packages.setdefault("numpy", np.__version__)
+    from fastrnn.bench import machine
+
     chosen = fastrnn.open_backend()
     return {
         "fastrnn": fastrnn.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "machine": machine(),
         "packages": packages,
         "backends": fastrnn.available_backends(),
         "auto": chosen.name,
         "device": chosen.describe(),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -265,7 +265,20 @@ def test_info() -> None:
     assert facts["fastrnn"] == fastrnn.__version__
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["info"]])
+def test_bench(tmp_path: Path) -> None:
+    quick = ["--backend", "numpy", "--peers", "none", "--rounds", "1", "--size", "tiny"]
+    result = run("bench", *quick, "--json", "b.json", "--plot", "b.png")
+    assert result.exit_code == 0, result.output
+    assert "fastrnn numpy" in result.output
+    rows = json.loads(Path("b.json").read_text())["rows"]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert Path("b.png").read_bytes().startswith(b"\x89PNG")
+    wrong = run("bench", *quick, "--workload", "sorting")
+    assert wrong.exit_code == 2
+    assert "unknown workload 'sorting'" in wrong.output
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["bench"], ["info"]])
 def test_help_has_examples(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
