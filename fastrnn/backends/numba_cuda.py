@@ -1,0 +1,621 @@
+"""The ``numba-cuda`` backend: GPU kernels written in Python, compiled by numba-cuda.
+
+For those who read and change kernels without leaving Python, for machines with numba-cuda and no
+CuPy, and as an independent implementation beside the CUDA C one. The kernels are in
+:mod:`fastrnn.backends.numba_cuda_kernels`; this module opens the device, keeps the memory and
+launches.
+
+Streams: an op runs on the stream that its first array is bound to. Arrays made here are bound to
+the backend's own stream; a CuPy array brings CuPy's current stream, a torch tensor torch's. Nothing
+in an op or a step waits for the device. ``run_steps`` submits a captured CUDA graph a step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastrnn.backend import Array, Backend, BackendUnavailableError, HostArray, Workspace
+from fastrnn.decoding import Decoding
+
+INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
+
+_log = logging.getLogger(__name__)
+
+
+def load_cuda() -> Any:
+    """``numba.cuda`` of the maintained numba-cuda package, with a device or the simulator.
+
+    Raises:
+        BackendUnavailableError: numba-cuda is missing, numba's own deprecated ``cuda`` module
+            answers in its place, or no device works; the message says which.
+    """
+    try:
+        cuda = importlib.import_module("numba.cuda")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"backend 'numba-cuda' needs the numba-cuda package: {error}; {INSTALL}"
+        ) from error
+    if "numba_cuda" not in (cuda.__file__ or ""):
+        raise BackendUnavailableError(
+            "backend 'numba-cuda' needs the maintained numba-cuda package, but numba's built-in "
+            f"module answers ({cuda.__file__}); {INSTALL}"
+        )
+    if not cuda.is_available():
+        reason = " ".join(str(cuda.cuda_error() or "no CUDA device found").split())
+        raise BackendUnavailableError(
+            f"backend 'numba-cuda' needs an NVIDIA GPU and its driver: {reason}"
+        )
+    return cuda
+
+
+class Graph:
+    """A step captured once and launched again and again: one call of the driver instead of dozens.
+
+    Everything the step reads that changes (start offsets, rates) is in device memory. numba-cuda
+    has no graphs of its own, so this calls the driver through ``cuda.bindings``.
+    """
+
+    def __init__(self, stream: Any, driver: Any = None) -> None:
+        self._driver = driver or importlib.import_module("cuda.bindings.driver")
+        self._handle = int(stream)
+        self._executable: Any = None
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record what is submitted to the stream inside the block; nothing runs."""
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", self._handle, mode)
+        try:
+            yield
+        except BaseException:
+            self._driver.cuStreamEndCapture(self._handle)  # leave the stream usable
+            raise
+        graph = self._call("cuStreamEndCapture", self._handle)
+        self._executable = self._call("cuGraphInstantiate", graph, 0)
+        self._call("cuGraphDestroy", graph)
+
+    def launch(self) -> None:
+        """Submit the recorded step to the stream."""
+        self._call("cuGraphLaunch", self._executable, self._handle)
+
+    def close(self) -> None:
+        """Free the graph; a launched one finishes first."""
+        if self._executable is not None:
+            self._call("cuGraphExecDestroy", self._executable)
+            self._executable = None
+
+    def __del__(self) -> None:
+        if sys is not None and not sys.is_finalizing():
+            self.close()
+
+    def _call(self, name: str, *args: Any) -> Any:
+        status, *results = getattr(self._driver, name)(*args)
+        if int(status) != 0:
+            raise RuntimeError(f"{name} failed: {status}")
+        return results[0] if results else None
+
+
+@dataclass
+class _Plan:
+    """What ``run_steps`` keeps with a workspace.
+
+    Attributes:
+        starts: int32, room for the offsets of many steps. cursor: int32 ``[1]``, the step due.
+        graphs: by ``carry``. held: scratch that a captured graph writes to and must not lose.
+    """
+
+    starts: Array
+    cursor: Array
+    graphs: dict[bool, Graph] = field(default_factory=dict)
+    warm: set[bool] = field(default_factory=set)
+    held: list[Array] = field(default_factory=list)
+
+
+class NumbaCudaBackend(Backend):
+    """Backend on numba-cuda device arrays; takes any array with ``__cuda_array_interface__``.
+
+    Args:
+        geometry: block and tile sizes; None for those meant for real devices.
+        kernels: the module of kernel factories; None for the package's own.
+    """
+
+    name = "numba-cuda"
+
+    def __init__(self, geometry: Any = None, kernels: Any = None) -> None:
+        self._cuda = load_cuda()
+        self._kernels = kernels or importlib.import_module("fastrnn.backends.numba_cuda_kernels")
+        self.geometry = geometry or self._kernels.Geometry()
+        self.simulated = bool(self._kernels.SIMULATED)
+        self.stream = self._cuda.stream()
+        self._multiprocessors = 4
+        if not self.simulated:
+            self._multiprocessors = self._cuda.get_current_device().MULTIPROCESSOR_COUNT
+        self._scratch_arrays: dict[tuple[int, str, str], Array] = {}
+        self._constants: dict[str, Array] = {}
+
+    # --- memory ---
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return self._cuda.device_array(shape, dtype, stream=self.stream)
+
+    def put(self, host: HostArray, out: Array | None = None) -> Array:
+        if out is None:
+            host = np.array(host, order="C")
+            out = self.empty(host.shape, host.dtype)
+        target = self.wrap(out)
+        stream = self._stream(target)
+        if isinstance(host, np.ndarray):
+            target.copy_to_device(host, stream=stream)
+        else:
+            source = self.wrap(host)
+            kernel = self._kernels.copy_kernel(np.dtype(target.dtype), self.geometry)
+            self._map(stream, kernel, target.size, _flat(source), _flat(target))
+        return out
+
+    def get(self, array: Array) -> HostArray:
+        array = self.wrap(array)
+        stream = self._stream(array)
+        host: HostArray = array.copy_to_host(stream=stream)
+        stream.synchronize()
+        return host
+
+    def sync(self) -> None:
+        self.stream.synchronize()
+
+    def describe(self) -> dict[str, Any]:
+        version = importlib.import_module("numba_cuda").__version__
+        about = {"backend": self.name, "numba-cuda": version, "numpy": np.__version__}
+        if self.simulated:
+            return {**about, "device": "Numba's CUDA simulator"}
+        device = self._cuda.get_current_device()
+        name = device.name
+        return {
+            **about,
+            "device": name.decode() if isinstance(name, bytes) else str(name),
+            "compute capability": ".".join(str(part) for part in device.compute_capability),
+            "multiprocessors": self._multiprocessors,
+            "runtime": ".".join(str(part) for part in self._cuda.runtime.get_version()),
+        }
+
+    def wrap(self, array: Array) -> Array:
+        """``array`` as a numba device array, without a copy and without waiting for its stream.
+
+        Raises:
+            TypeError: it has no ``__cuda_array_interface__`` (is not on a GPU).
+        """
+        if getattr(array, "__cuda_ndarray__", False):
+            return array
+        if not hasattr(array, "__cuda_array_interface__"):
+            raise TypeError(
+                "expected an array on the GPU (with __cuda_array_interface__), "
+                f"got {type(array).__module__}.{type(array).__name__}"
+            )
+        wrapped = self._cuda.as_cuda_array(array, sync=False)
+        if type(array).__module__.partition(".")[0] == "torch":
+            # Torch does not name its stream in the interface.
+            handle = sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
+            wrapped = wrapped.bind(self._cuda.external_stream(handle))
+        return wrapped
+
+    # --- launching ---
+
+    def _stream(self, array: Array) -> Any:
+        """The stream that a wrapped array is bound to."""
+        return array.stream or self.stream
+
+    def _launch(self, stream: Any, kernel: Any, grid: Any, *args: Any) -> None:
+        if "dispatcher" not in kernel.__dict__:
+            message = f"numba-cuda: compiling {kernel.name} (first use in this process)"
+            if sys.stderr.isatty():
+                print(f"fastrnn: {message}", file=sys.stderr)
+            _log.info(message)
+        kernel.dispatcher[grid, kernel.threads, stream](*args)
+
+    def _map(self, stream: Any, kernel: Any, count: int, *args: Any) -> None:
+        """Launch with a thread for each of ``count`` elements."""
+        self._launch(stream, kernel, _ceil(count, kernel.threads), *args)
+
+    def _scratch(self, stream: Any, name: str, size: int, dtype: Any) -> Array:
+        """A flat buffer that the ops on ``stream`` share under ``name``; grows, never shrinks."""
+        key = (id(stream) if stream is not self.stream else 0, name, np.dtype(dtype).str)
+        array = self._scratch_arrays.get(key)
+        if array is None or array.size < size:
+            array = self._cuda.device_array(size, dtype, stream=stream)
+            self._scratch_arrays[key] = array
+        return array if array.size == size else array[:size]
+
+    def _constant(self, name: str, value: float, dtype: Any) -> Array:
+        """A device array of one element that is written only here."""
+        key = f"{name} {np.dtype(dtype)}"
+        if key not in self._constants:
+            self._constants[key] = self.put(np.full(1, value, dtype))
+            self.sync()
+        return self._constants[key]
+
+    # --- ops: gather ---
+
+    def window(self, tokens: Array, starts: Array, out: tuple[Array, Array]) -> None:
+        self._window(tokens, starts, self._constant("zero", 0, np.int32), out)
+
+    def _window(
+        self, tokens: Array, starts: Array, cursor: Array, out: tuple[Array, Array]
+    ) -> None:
+        tokens, starts, x, y = (self.wrap(a) for a in (tokens, starts, *out))
+        kernel = self._kernels.window_kernel(self.geometry)
+        stream, B = self._stream(x), x.shape[1]
+        self._map(stream, kernel, x.size, tokens, _flat(starts), cursor, _flat(x), _flat(y), B)
+
+    def gather(self, W_xh: Array, tokens: Array, b_h: Array, out: Array | None = None) -> Array:
+        W_xh, tokens, b_h = (self.wrap(a) for a in (W_xh, tokens, b_h))
+        H, stream = W_xh.shape[1], self._stream(W_xh)
+        if out is None:
+            out = self._result(stream, (*tokens.shape, H), W_xh.dtype)
+        z = _flat(self.wrap(out))
+        kernel = self._kernels.gather_kernel(np.dtype(W_xh.dtype), self.geometry)
+        self._map(stream, kernel, z.size, _flat(W_xh), _flat(tokens), b_h, z, H)
+        return out
+
+    def gather_backward(
+        self, dz: Array, tokens: Array, V: int, out: tuple[Array, Array] | None = None
+    ) -> tuple[Array, Array]:
+        dz, tokens = self.wrap(dz), _flat(self.wrap(tokens))
+        H, stream, dtype, N = dz.shape[2], self._stream(dz), np.dtype(dz.dtype), tokens.size
+        if out is None:
+            out = (self._result(stream, (V, H), dtype), self._result(stream, (H,), dtype))
+        dW_xh, db_h = (self.wrap(a) for a in out)
+        order = self._scratch(stream, "order", N, np.int32)
+        bounds = self._scratch(stream, "bounds", V + 1, np.int32)
+        rank = self._kernels.rank_kernel(self.geometry)
+        self._map(stream, rank, N + V + 1, tokens, order, bounds)
+        kernel = self._kernels.gather_backward_kernel(dtype, self.geometry)
+        grid = (V, _ceil(H, self.geometry.columns))
+        self._launch(stream, kernel, grid, _flat(dz), order, bounds, _flat(dW_xh), H)
+        self._column_sum(stream, dz, db_h)
+        return out
+
+    def _column_sum(self, stream: Any, x: Array, out: Array) -> None:
+        kernel = self._kernels.column_sum_kernel(np.dtype(x.dtype), self.geometry)
+        self._launch(stream, kernel, _ceil(out.size, self.geometry.columns), _flat(x), out)
+
+    # --- ops: recurrence ---
+
+    def _padded(self, stream: Any, W: Array, transposed: bool) -> Array:
+        """W_hh or its transpose, padded for the one-block-a-row kernels."""
+        H, P = W.shape[0], self.geometry.padded(W.shape[0])
+        if P == H and not transposed:
+            return _flat(W)
+        out = self._scratch(stream, "transposed" if transposed else "padded", P * P, W.dtype)
+        kernel = self._kernels.pad_kernel(np.dtype(W.dtype), self.geometry, transposed)
+        self._map(stream, kernel, P * P, _flat(W), out, H, P)
+        return out
+
+    def recurrence(self, z: Array, W_hh: Array, h0: Array, out: Array | None = None) -> Array:
+        z, W_hh, h0 = (self.wrap(a) for a in (z, W_hh, h0))
+        (T, B, H), stream, dtype = z.shape, self._stream(z), np.dtype(z.dtype)
+        if out is None:
+            out = self._result(stream, (T, B, H), dtype)
+        h = self.wrap(out)
+        if self.geometry.fits(H):
+            outputs = self.geometry.outputs(H)
+            kernel = self._kernels.recurrence_kernel(dtype, self.geometry, outputs)
+            W = self._padded(stream, W_hh, False)
+            self._launch(stream, kernel, B, _flat(z), W, _flat(h0), _flat(h), B, H)
+            return out
+        kernel = self._kernels.tanh_step_kernel(dtype, self.geometry)
+        steps = [_flat(h0), *_rows(h)]
+        for t, z_t in enumerate(_rows(z)):
+            partial, splits = self._partial_product(stream, steps[t], W_hh, B, H, H)
+            self._map(stream, kernel, B * H, partial, z_t, steps[t + 1], splits)
+        return out
+
+    def recurrence_backward(
+        self,
+        dh: Array,
+        h: Array,
+        W_hh: Array,
+        h0: Array,
+        out: tuple[Array, Array, Array] | None = None,
+    ) -> tuple[Array, Array, Array]:
+        dh, h, W_hh, h0 = (self.wrap(a) for a in (dh, h, W_hh, h0))
+        (T, B, H), stream, dtype = h.shape, self._stream(dh), np.dtype(h.dtype)
+        if out is None:
+            out = (
+                self._result(stream, (T, B, H), dtype),
+                self._result(stream, (H, H), dtype),
+                self._result(stream, (B, H), dtype),
+            )
+        dz, dW_hh, dh0 = (self.wrap(a) for a in out)
+        if self.geometry.fits(H):
+            outputs = self.geometry.outputs(H)
+            kernel = self._kernels.recurrence_backward_kernel(dtype, self.geometry, outputs)
+            Wt = self._padded(stream, W_hh, True)
+            self._launch(stream, kernel, B, _flat(dh), _flat(h), Wt, _flat(dz), _flat(dh0), B, H)
+        else:
+            kernel = self._kernels.tanh_step_backward_kernel(dtype, self.geometry)
+            partial, splits = _flat(dh0), 0
+            for dh_t, h_t, dz_t in reversed(list(zip(_rows(dh), _rows(h), _rows(dz), strict=True))):
+                self._map(stream, kernel, B * H, partial, dh_t, h_t, dz_t, splits)
+                partial, splits = self._partial_product(stream, dz_t, W_hh, B, H, H, trans_b=True)
+            self._sum_splits(stream, partial, _flat(dh0), splits)
+        # Σ_t h_{t-1}ᵀ dz_t: one product over all T·B rows, of which the first B are h0.
+        self._gemm(stream, _flat(h), dz, _flat(dW_hh), H, H, T * B, trans_a=True, head=h0, lead=B)
+        return out
+
+    # --- ops: output layer ---
+
+    def project(self, h: Array, W_hq: Array, b_q: Array, out: Array | None = None) -> Array:
+        h, W_hq, b_q = (self.wrap(a) for a in (h, W_hq, b_q))
+        (T, B, H), V, stream = h.shape, W_hq.shape[1], self._stream(h)
+        if out is None:
+            out = self._result(stream, (T, B, V), h.dtype)
+        self._gemm(stream, h, W_hq, _flat(self.wrap(out)), T * B, V, H, bias=b_q)
+        return out
+
+    def project_backward(
+        self,
+        dlogits: Array,
+        h: Array,
+        W_hq: Array,
+        out: tuple[Array, Array, Array] | None = None,
+    ) -> tuple[Array, Array, Array]:
+        dlogits, h, W_hq = (self.wrap(a) for a in (dlogits, h, W_hq))
+        (T, B, H), V, stream = h.shape, W_hq.shape[1], self._stream(dlogits)
+        if out is None:
+            out = (
+                self._result(stream, (T, B, H), h.dtype),
+                self._result(stream, (H, V), h.dtype),
+                self._result(stream, (V,), h.dtype),
+            )
+        dh, dW_hq, db_q = (self.wrap(a) for a in out)
+        self._gemm(stream, dlogits, W_hq, _flat(dh), T * B, H, V, trans_b=True)
+        self._gemm(stream, h, dlogits, _flat(dW_hq), H, V, T * B, trans_a=True)
+        self._column_sum(stream, dlogits, db_q)
+        return out
+
+    def _splits(self, M: int, N: int, K: int) -> tuple[int, int]:
+        """Into how many parts to cut K, so that a small product fills the device; their length."""
+        g = self.geometry
+        tiles, depth = _ceil(M, g.tile_m) * _ceil(N, g.tile_n), _ceil(K, g.tile_k)
+        wanted = max(1, min(2 * self._multiprocessors // tiles, depth // 4))
+        part = _ceil(depth, wanted) * g.tile_k
+        return _ceil(K, part), part
+
+    def _launch_gemm(
+        self, stream: Any, A: Array, B: Array, C: Array, M: int, N: int, K: int,
+        trans_a: bool, trans_b: bool, bias: Array | None, head: Array | None, lead: int,
+    ) -> None:  # fmt: skip
+        splits, part = self._splits(M, N, K)
+        g, A, B = self.geometry, _flat(A), _flat(B)
+        kernel = self._kernels.gemm_kernel(np.dtype(A.dtype), g, trans_a, trans_b)
+        self._launch(
+            stream, kernel, (_ceil(N, g.tile_n), _ceil(M, g.tile_m), splits),
+            A, A if head is None else _flat(head), B, B if bias is None else bias, C,
+            M, N, K, part, lead, 0 if bias is None else 1,
+        )  # fmt: skip
+
+    def _partial_product(
+        self, stream: Any, A: Array, B: Array, M: int, N: int, K: int, trans_b: bool = False
+    ) -> tuple[Array, int]:
+        """``A op(B)`` in parts that are still to be summed: flat ``[splits, M, N]``, splits."""
+        splits, _ = self._splits(M, N, K)
+        partial = self._scratch(stream, "partial product", splits * M * N, A.dtype)
+        self._launch_gemm(stream, A, B, partial, M, N, K, False, trans_b, None, None, 0)
+        return partial, splits
+
+    def _gemm(
+        self, stream: Any, A: Array, B: Array, out: Array, M: int, N: int, K: int, *,
+        trans_a: bool = False, trans_b: bool = False, bias: Array | None = None,
+        head: Array | None = None, lead: int = 0,
+    ) -> None:  # fmt: skip
+        """``out = op(A) op(B) + bias``, ``out`` flat ``[M, N]``."""
+        splits, _ = self._splits(M, N, K)
+        target = out
+        if splits > 1:
+            target = self._scratch(stream, "partial product", splits * M * N, A.dtype)
+        self._launch_gemm(stream, A, B, target, M, N, K, trans_a, trans_b, bias, head, lead)
+        if splits > 1:
+            self._sum_splits(stream, target, out, splits)
+
+    def _sum_splits(self, stream: Any, partial: Array, out: Array, splits: int) -> None:
+        kernel = self._kernels.sum_splits_kernel(np.dtype(out.dtype), self.geometry)
+        self._map(stream, kernel, out.size, partial, out, splits)
+
+    # --- ops: loss and step ---
+
+    def cross_entropy(
+        self, logits: Array, targets: Array, out: tuple[Array, Array] | None = None
+    ) -> tuple[Array, Array]:
+        logits, targets = self.wrap(logits), _flat(self.wrap(targets))
+        stream, dtype, V = self._stream(logits), np.dtype(logits.dtype), logits.shape[2]
+        if out is None:
+            out = (self._result(stream, (), dtype), self._result(stream, logits.shape, dtype))
+        loss, dlogits = (self.wrap(a) for a in out)
+        losses = self._scratch(stream, "losses", targets.size, dtype)
+        kernel = self._kernels.cross_entropy_kernel(dtype, self.geometry)
+        self._launch(
+            stream, kernel, targets.size, _flat(logits), targets, losses, _flat(dlogits), V
+        )
+        mean = self._kernels.mean_kernel(dtype, self.geometry)
+        self._launch(stream, mean, 1, losses, _flat(loss))
+        return out
+
+    def _set_rates(self, stream: Any, lr: float, max_norm: float) -> Array:
+        rates = self._scratch(stream, "rates", 2, np.float64)
+        kernel = self._kernels.set_rates_kernel(self.geometry)
+        self._launch(stream, kernel, 1, rates, float(lr), float(max_norm))
+        return rates
+
+    def _norm(self, stream: Any, grads: Sequence[Array], rates: Array, out: Array) -> Array:
+        """The norm into ``out``; the factor to scale by, on the device."""
+        dtype, blocks = np.dtype(grads[0].dtype), self.geometry.partial_blocks
+        partial = self._scratch(stream, "sums of squares", blocks * len(grads), np.float64)
+        scale = self._scratch(stream, "scale", 1, dtype)
+        kernel = self._kernels.sum_squares_kernel(dtype, self.geometry)
+        for i, g in enumerate(grads):
+            self._launch(stream, kernel, blocks, _flat(g), partial, i * blocks)
+        norm = self._kernels.norm_kernel(dtype, self.geometry)
+        self._launch(stream, norm, 1, partial, rates, _flat(out), scale)
+        return scale
+
+    def clip_by_global_norm(
+        self, grads: Sequence[Array], max_norm: float, out: Array | None = None
+    ) -> Array:
+        grads = [self.wrap(g) for g in grads]
+        stream, dtype = self._stream(grads[0]), np.dtype(grads[0].dtype)
+        if out is None:
+            out = self._result(stream, (), dtype)
+        rates = self._set_rates(stream, 0.0, max_norm)
+        scale = self._norm(stream, grads, rates, self.wrap(out))
+        kernel = self._kernels.scale_kernel(dtype, self.geometry)
+        for g in grads:
+            self._map(stream, kernel, g.size, _flat(g), scale)
+        return out
+
+    def sgd(self, params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
+        params, grads = [self.wrap(p) for p in params], [self.wrap(g) for g in grads]
+        stream, dtype = self._stream(params[0]), np.dtype(params[0].dtype)
+        rates = self._set_rates(stream, lr, 0.0)
+        self._sgd(stream, params, grads, rates, self._constant("one", 1, dtype))
+
+    def _sgd(
+        self,
+        stream: Any,
+        params: Sequence[Array],
+        grads: Sequence[Array],
+        rates: Array,
+        scale: Array,
+    ) -> None:
+        kernel = self._kernels.sgd_kernel(np.dtype(params[0].dtype), self.geometry)
+        for p, g in zip(params, grads, strict=True):
+            self._map(stream, kernel, p.size, _flat(p), _flat(g), rates, scale)
+
+    def record(self, loss: Array, norm: Array, totals: Array) -> None:
+        stream = self._stream(self.wrap(totals))
+        self._record(loss, norm, totals, self._scratch(stream, "unread cursor", 1, np.int32))
+
+    def _record(self, loss: Array, norm: Array, totals: Array, cursor: Array) -> None:
+        loss, norm, totals = (self.wrap(a) for a in (loss, norm, totals))
+        kernel = self._kernels.record_kernel(np.dtype(loss.dtype), self.geometry)
+        self._launch(self._stream(totals), kernel, 1, _flat(loss), _flat(norm), totals, cursor)
+
+    def _result(self, stream: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+        return self._cuda.device_array(shape, dtype, stream=stream)
+
+    # --- the training step ---
+
+    def step(self, ws: Workspace, starts: Array, lr: float, max_norm: float, carry: bool) -> None:
+        rates = self._set_rates(self.stream, lr, max_norm)
+        unread = self._scratch(self.stream, "unread cursor", 1, np.int32)
+        self._submit(ws, starts, self._constant("zero", 0, np.int32), unread, rates, carry)
+
+    def _submit(
+        self, ws: Workspace, starts: Array, cursor: Array, moved: Array, rates: Array, carry: bool
+    ) -> None:
+        """One step on row ``cursor`` of ``starts``; clipping and step share one pass."""
+        p, g = ws.params, ws.grads
+        self._window(ws.tokens, starts, cursor, (ws.x, ws.y))
+        self.gather(p["W_xh"], ws.x, p["b_h"], out=ws.z)
+        self.recurrence(ws.z, p["W_hh"], ws.h0, out=ws.h)
+        self.project(ws.h, p["W_hq"], p["b_q"], out=ws.logits)
+        self.cross_entropy(ws.logits, ws.y, out=(ws.loss, ws.logits))
+        self.project_backward(ws.logits, ws.h, p["W_hq"], out=(ws.dh, g["W_hq"], g["b_q"]))
+        self.recurrence_backward(ws.dh, ws.h, p["W_hh"], ws.h0, out=(ws.dz, g["W_hh"], ws.dh0))
+        self.gather_backward(ws.dz, ws.x, ws.dims.V, out=(g["W_xh"], g["b_h"]))
+        scale = self._norm(self.stream, [ws.flat_grads], rates, ws.norm)
+        self._sgd(self.stream, [ws.flat_params], [ws.flat_grads], rates, scale)
+        self._record(ws.loss, ws.norm, ws.totals, moved)
+        if carry:
+            self.put(ws.h[-1], out=ws.h0)
+
+    def run_steps(
+        self, ws: Workspace, starts: HostArray, lr: float, max_norm: float, carry: bool
+    ) -> None:
+        """Run ``len(starts)`` steps; ``starts`` is int32 ``[n, B]`` on the host.
+
+        The first step of a workspace is submitted kernel by kernel, which compiles them and makes
+        their scratch; the next is captured as a graph, and all later ones launch that graph.
+        """
+        starts = np.ascontiguousarray(starts, dtype=np.int32)
+        if not len(starts):
+            return
+        plan = ws.extra.get("numba-cuda plan")
+        if plan is None or plan.starts.size < starts.size:
+            # Graphs hold the address of the old offsets: they go with them.
+            plan = _Plan(
+                starts=self.empty((2 * starts.size,), np.int32),
+                cursor=self.empty((1,), np.int32),
+            )
+            ws.extra["numba-cuda plan"] = plan
+        self.put(starts.ravel(), out=plan.starts[: starts.size])
+        self.put(np.zeros(1, np.int32), out=plan.cursor)
+        rates = self._set_rates(self.stream, lr, max_norm)
+        for _ in range(len(starts)):
+            if self.simulated or carry not in plan.warm:
+                self._submit(ws, plan.starts, plan.cursor, plan.cursor, rates, carry)
+                plan.warm.add(carry)
+                continue
+            if carry not in plan.graphs:
+                graph = Graph(self.stream)
+                with self._cuda.defer_cleanup(), graph.capture():
+                    self._submit(ws, plan.starts, plan.cursor, plan.cursor, rates, carry)
+                plan.graphs[carry] = graph
+                plan.held.extend(self._scratch_arrays.values())
+            plan.graphs[carry].launch()
+
+    # --- generation ---
+
+    def generate(
+        self,
+        params: Mapping[str, Array],
+        prefix: HostArray,
+        lengths: HostArray,
+        num_tokens: int,
+        decoding: Decoding,
+        *,
+        h0: HostArray | None = None,
+        position: int = 0,
+        sequence: int = 0,
+    ) -> tuple[HostArray, HostArray]:
+        p = {name: self.wrap(array) for name, array in params.items()}
+        dtype, (S, P), stream = np.dtype(p["W_hh"].dtype), prefix.shape, self.stream
+        H, V = p["W_hq"].shape
+        start = np.zeros((S, H), dtype) if h0 is None else np.array(h0, dtype)
+        state, tokens = self.put(start), self.empty((S, num_tokens), np.int32)
+        kernel = self._kernels.generate_kernel(dtype, self.geometry)
+        words = [decoding.seed, decoding.seed >> 32, sequence, position]
+        self._launch(
+            stream, kernel, S,
+            *(_flat(p[name]) for name in ("W_xh", "W_hh", "b_h", "W_hq", "b_q")),
+            _flat(self.put(np.array(prefix, np.int32))), self.put(np.array(lengths, np.int32)),
+            _flat(state), self._scratch(stream, "next state", S * H, dtype),
+            self._scratch(stream, "token logits", S * V, dtype),
+            self._scratch(stream, "weights", S * V, np.float64),
+            self._scratch(stream, "mass before", S * V, np.float64),
+            _flat(tokens), P, num_tokens,
+            float(decoding.temperature), int(decoding.top_k), float(decoding.top_p),
+            *(np.uint64(word & 0xFFFFFFFF) for word in words),
+        )  # fmt: skip
+        return self.get(tokens), self.get(state)
+
+
+def _ceil(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def _flat(array: Array) -> Array:
+    """A view of one dimension."""
+    return array if array.ndim == 1 else array.reshape(array.size)
+
+
+def _rows(array: Array) -> list[Array]:
+    """Flat views of ``array[t]``."""
+    flat, step = _flat(array), array.size // array.shape[0]
+    return [flat[t * step : (t + 1) * step] for t in range(array.shape[0])]

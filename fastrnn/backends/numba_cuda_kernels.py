@@ -1,0 +1,1001 @@
+"""The kernels of the ``numba-cuda`` backend, in Python.
+
+A factory ``x_kernel(dtype, geometry, ...)`` makes each :class:`Kernel`: the Python function, its
+signature, and the block it runs in. What the factory is given is a constant to the compiler, so
+loops over it unroll and small local arrays become registers.
+
+What holds for all of them:
+
+* Arrays come flat, in C order; the index comments name the tensor (``z[t, b, j]``).
+* Block-local indices are ``uint32``: a signed index costs a test for Python's negative ones at
+  each access, 64-bit registers, and the vector loads of shared memory.
+* Sums have a fixed order: no float atomics, no shuffles, no grid-wide barriers. The same source
+  therefore runs in Numba's simulator, where a CUDA thread is a Python thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from fastrnn.decoding import PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
+
+SIMULATED = bool(cuda.config.ENABLE_CUDASIM)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Block and tile sizes. Tests shrink them; the defaults are meant for real devices.
+
+    Attributes:
+        lanes, slices: the recurrence's block is ``lanes x slices`` threads; a thread owns every
+            ``lanes``-th output and one of ``slices`` parts of the dot products.
+        max_hidden: hidden sizes up to this run in the one-block-a-row recurrence.
+        resident_bytes: of W_hh and sums that a thread may hold in registers: 104 words leave 24 of
+            the 128 that a block of 512 threads can have.
+        tile_m, tile_n, tile_k: the block tile of a matrix product, and ``micro_m x micro_n`` the
+            outputs of a thread.
+        threads: of all other kernels; a power of two.
+        columns: threads along a row in the kernels that sum over rows; the other
+            ``threads / columns`` share the rows.
+        partial_blocks: blocks of the sum of squares.
+    """
+
+    lanes: int = 32
+    slices: int = 16
+    max_hidden: int = 256
+    resident_bytes: int = 416
+    tile_m: int = 64
+    tile_n: int = 64
+    tile_k: int = 16
+    micro_m: int = 8
+    micro_n: int = 4
+    threads: int = 256
+    columns: int = 32
+    partial_blocks: int = 264
+
+    @property
+    def recurrence_threads(self) -> int:
+        return self.lanes * self.slices
+
+    @property
+    def gemm_threads(self) -> int:
+        return (self.tile_m // self.micro_m) * (self.tile_n // self.micro_n)
+
+    def outputs(self, H: int) -> int:
+        """Outputs a thread owns in the one-block-a-row recurrence: the least power of two."""
+        outputs = 1
+        while outputs * self.lanes < H:
+            outputs *= 2
+        return outputs
+
+    def fits(self, H: int) -> bool:
+        """Whether the recurrence over ``H`` units runs one block a row."""
+        return self.max_hidden >= H
+
+    def padded(self, H: int) -> int:
+        """``H`` rounded up to what the one-block-a-row recurrence works on."""
+        return self.outputs(H) * self.lanes
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel before compilation.
+
+    Attributes:
+        name: as in messages and tables. function: the Python source of the kernel.
+        signature: numba argument types. threads: of a block, and its launch bound.
+    """
+
+    name: str
+    function: Callable[..., None]
+    signature: tuple[Any, ...]
+    threads: int
+
+    @functools.cached_property
+    def dispatcher(self) -> Any:
+        """Compiled when first asked for. Never from numba's disk cache: its key is the source
+        file of the kernel alone, not of what the kernel was built with or calls."""
+        if SIMULATED:
+            return cuda.jit(self.function)
+        options: dict[str, Any] = {"lto": False, "launch_bounds": self.threads}
+        return cuda.jit(types.void(*self.signature), **options)(self.function)
+
+
+def _real(dtype: Any) -> Any:
+    return types.float64 if np.dtype(dtype) == np.float64 else types.float32
+
+
+def _vector(element: Any) -> Any:
+    return types.Array(element, 1, "C")
+
+
+I32 = types.int32
+F64 = types.float64
+U64 = types.uint64
+INTS = _vector(types.int32)
+DOUBLES = _vector(types.float64)
+
+# Vector loads need an alignment that numba does not assume; the simulator takes none.
+ALIGN = None if SIMULATED else 16
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def device(function: Function) -> Function:
+    """A function that kernels call; the compiler inlines it."""
+    return cast(Function, cuda.jit(device=True)(function))
+
+
+u32, u64 = np.uint32, np.uint64
+
+
+@device
+def block_sum(buffer: Any, tid: Any, value: Any) -> Any:
+    """The sum of ``value`` over the block, in a fixed order, on every thread.
+
+    ``buffer``: shared, one element a thread, their number a power of two. Ends on a barrier, so
+    the buffer may be used again at once.
+    """
+    buffer[tid] = value
+    cuda.syncthreads()
+    half = cuda.blockDim.x >> 1
+    while half > 0:
+        if tid < half:
+            buffer[tid] += buffer[tid + half]
+        cuda.syncthreads()
+        half >>= 1
+    total = buffer[0]
+    cuda.syncthreads()
+    return total
+
+
+# --- window, gather and its transpose --------------------------------------------------------
+
+
+@functools.cache
+def window_kernel(geometry: Geometry) -> Kernel:
+    """``x[t, b] = tokens[starts[cursor, b] + t]``, ``y`` one to the right; a thread an element.
+
+    ``starts`` holds one row of B offsets a step; ``cursor[0]`` says which is due, so a replayed
+    step reads the next row without the host telling it.
+    """
+
+    def window(tokens: Any, starts: Any, cursor: Any, x: Any, y: Any, B: Any) -> None:
+        i = cuda.grid(1)
+        if i < x.shape[0]:
+            t = i // B
+            b = i - t * B
+            at = starts[cursor[0] * B + b] + t
+            x[i] = tokens[at]
+            y[i] = tokens[at + 1]
+
+    return Kernel("window", window, (INTS, INTS, INTS, INTS, INTS, I32), geometry.threads)
+
+
+@functools.cache
+def gather_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``z[n, j] = W_xh[tokens[n], j] + b_h[j]``; a thread an element."""
+
+    def gather(W_xh: Any, tokens: Any, b_h: Any, z: Any, H: Any) -> None:
+        i = cuda.grid(1)
+        if i < z.shape[0]:
+            n = i // H
+            j = i - n * H
+            z[i] = W_xh[tokens[n] * H + j] + b_h[j]
+
+    vector = _vector(_real(dtype))
+    return Kernel("gather", gather, (vector, INTS, vector, vector, I32), geometry.threads)
+
+
+@functools.cache
+def rank_kernel(geometry: Geometry) -> Kernel:
+    """Sort the tokens of a batch by counting, stably: where does each row go, and each id start?
+
+    Query ``q < N`` counts the tokens before token ``q`` in sorted order: ``order[count] = q``.
+    Query ``N + v`` counts the ids below ``v``: ``bounds[v]``, for ``v`` in ``0 .. V``.
+    A block owns ``threads`` queries and reads the tokens through shared memory. N (N + V)
+    comparisons, no atomics: microseconds at T·B of a thousand, and still below the cost of the
+    matrix products at a hundred thousand.
+    """
+    THREADS = geometry.threads
+
+    def rank(tokens: Any, order: Any, bounds: Any) -> None:
+        staged = cuda.shared.array(THREADS, dtype=types.int32)
+        tid = u32(cuda.threadIdx.x)
+        N = tokens.shape[0]
+        q = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        own = q - N  # an id where q >= N, else the id of token q
+        last = 0  # tokens before this one win a tie
+        if q < N:
+            own = tokens[q]
+            last = q
+        count = 0
+        for first in range(0, N, THREADS):
+            if first + tid < N:
+                staged[tid] = tokens[first + tid]
+            cuda.syncthreads()
+            for i in range(min(THREADS, N - first)):
+                other = staged[u32(i)]
+                if other < own or (other == own and first + i < last):
+                    count += 1
+            cuda.syncthreads()
+        if q < N:
+            order[count] = q
+        elif q - N < bounds.shape[0]:
+            bounds[q - N] = count
+
+    return Kernel("rank", rank, (INTS, INTS, INTS), geometry.threads)
+
+
+@functools.cache
+def gather_backward_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``dW_xh[v, j] = Σ dz[n, j]`` over the rows ``n`` whose token is ``v``, from ``rank``'s order.
+
+    A block owns one ``v`` and ``columns`` columns; its rows of threads share the occurrences, and
+    the first row of threads adds up what they found. Writes zeros where ``v`` does not occur.
+    """
+    COLUMNS, ROWS = geometry.columns, geometry.threads // geometry.columns
+    SIZE, zero, real = geometry.threads, np.dtype(dtype).type(0), _real(dtype)
+
+    def gather_backward(dz: Any, order: Any, bounds: Any, dW_xh: Any, H: Any) -> None:
+        sums = cuda.shared.array(SIZE, dtype=real)
+        tid = u32(cuda.threadIdx.x)
+        column, row = tid % COLUMNS, tid // COLUMNS
+        v = cuda.blockIdx.x
+        j = cuda.blockIdx.y * COLUMNS + column
+        total = zero
+        if j < H:
+            for i in range(bounds[v] + row, bounds[v + 1], ROWS):
+                total += dz[order[i] * H + j]
+        sums[tid] = total
+        cuda.syncthreads()
+        if row == 0 and j < H:
+            for i in range(1, ROWS):
+                total += sums[u32(i) * COLUMNS + column]
+            dW_xh[v * H + j] = total
+
+    vector = _vector(real)
+    return Kernel("gather_backward", gather_backward, (vector, INTS, INTS, vector, I32), SIZE)
+
+
+@functools.cache
+def column_sum_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``out[j] = Σ_n x[n, j]``: the bias gradients. A block owns ``columns`` columns."""
+    COLUMNS, ROWS = geometry.columns, geometry.threads // geometry.columns
+    SIZE, zero, real = geometry.threads, np.dtype(dtype).type(0), _real(dtype)
+
+    def column_sum(x: Any, out: Any) -> None:
+        sums = cuda.shared.array(SIZE, dtype=real)
+        tid = u32(cuda.threadIdx.x)
+        column, row = tid % COLUMNS, tid // COLUMNS
+        width = out.shape[0]
+        j = cuda.blockIdx.x * COLUMNS + column
+        total = zero
+        if j < width:
+            for i in range(row * width + j, x.shape[0], ROWS * width):
+                total += x[i]
+        sums[tid] = total
+        cuda.syncthreads()
+        if row == 0 and j < width:
+            for i in range(1, ROWS):
+                total += sums[u32(i) * COLUMNS + column]
+            out[j] = total
+
+    vector = _vector(real)
+    return Kernel("column_sum", column_sum, (vector, vector), SIZE)
+
+
+# --- recurrence ------------------------------------------------------------------------------
+
+
+def resident_rows(dtype: Any, geometry: Geometry, outputs: int) -> int:
+    """Of a thread's ``outputs * lanes / slices`` rows of W, how many it keeps in registers."""
+    rows = outputs * geometry.lanes // geometry.slices
+    row_bytes = outputs * int(np.dtype(dtype).itemsize)
+    return max(1, min(rows, geometry.resident_bytes // row_bytes - 1))
+
+
+@functools.cache
+def pad_kernel(dtype: Any, geometry: Geometry, transposed: bool) -> Kernel:
+    """``out[i, j] = W[i, j]`` or ``W[j, i]``, zero from H on; a thread an element of ``out``."""
+    zero = np.dtype(dtype).type(0)
+
+    def pad(W: Any, out: Any, H: Any, width: Any) -> None:
+        n = cuda.grid(1)
+        if n < out.shape[0]:
+            i = n // width
+            j = n - i * width
+            if i < H and j < H:
+                out[n] = W[j * H + i] if transposed else W[i * H + j]
+            else:
+                out[n] = zero
+
+    vector = _vector(_real(dtype))
+    name = "transpose" if transposed else "pad"
+    return Kernel(name, pad, (vector, vector, I32, I32), geometry.threads)
+
+
+@functools.cache
+def recurrence_kernel(dtype: Any, geometry: Geometry, outputs: int) -> Kernel:
+    """``h_t = tanh(z_t + h_{t-1} W)``, all time steps; ``h`` may be ``z``.
+
+    A block owns one row of the batch, so time steps need block barriers only. ``W`` is padded to
+    ``[P, P]``, ``P = outputs * lanes``. Thread (slice, lane) owns the outputs ``lane + lanes i``
+    over its slice of rows: W stays in its registers for the whole sequence, except the last rows
+    of a slice where they do not fit (P = 256: 64 of 256 KB, which the L1 cache keeps). The slices'
+    partial sums meet in shared memory, in a fixed order; z is loaded one step ahead.
+    """
+    LANES, SLICES, OUT = geometry.lanes, geometry.slices, outputs
+    P, SIZE = OUT * LANES, SLICES * OUT * LANES
+    ROWS = P // SLICES
+    KEPT = resident_rows(dtype, geometry, outputs)
+    WORDS = KEPT * OUT
+    zero, real = np.dtype(dtype).type(0), _real(dtype)
+
+    def recurrence(z: Any, W: Any, h0: Any, h: Any, B: Any, H: Any) -> None:
+        state = cuda.shared.array(P, dtype=real, alignment=ALIGN)
+        partial = cuda.shared.array(SIZE, dtype=real)
+        w = cuda.local.array(WORDS, dtype=real)
+        acc = cuda.local.array(OUT, dtype=real)
+        tid = u32(cuda.threadIdx.x)
+        lane, slice_ = tid % LANES, tid // LANES
+        first = slice_ * ROWS * P + lane
+        for k in range(KEPT):
+            for i in range(OUT):
+                w[k * OUT + i] = W[first + k * P + i * LANES]
+        row = cuda.blockIdx.x * H  # z[t, b, 0]
+        if tid < P:
+            state[tid] = h0[row + tid] if tid < H else zero
+        ahead = z[row + tid] if tid < H else zero
+        while row < z.shape[0]:
+            cuda.syncthreads()
+            for i in range(OUT):
+                acc[i] = zero
+            for k in range(KEPT):
+                s = state[slice_ * ROWS + k]
+                for i in range(OUT):
+                    acc[i] += s * w[k * OUT + i]
+            for k in range(KEPT, ROWS):
+                s = state[slice_ * ROWS + k]
+                for i in range(OUT):
+                    acc[i] += s * W[first + k * P + i * LANES]
+            for i in range(OUT):
+                partial[slice_ * P + lane + i * LANES] = acc[i]
+            cuda.syncthreads()
+            if tid < H:
+                total = ahead
+                if row + B * H < z.shape[0]:
+                    ahead = z[row + B * H + tid]
+                for i in range(SLICES):
+                    total += partial[i * P + tid]
+                total = math.tanh(total)
+                state[tid] = total
+                h[row + tid] = total
+            row += B * H
+
+    vector = _vector(real)
+    signature = (vector, vector, vector, vector, I32, I32)
+    return Kernel(f"recurrence_{P}", recurrence, signature, geometry.recurrence_threads)
+
+
+@functools.cache
+def recurrence_backward_kernel(dtype: Any, geometry: Geometry, outputs: int) -> Kernel:
+    """``dz_t = (dh_t + dz_{t+1} Wᵀ) (1 - h_t²)``, ``dh0 = dz_0 Wᵀ``; ``dz`` may be ``dh``.
+
+    ``recurrence`` backwards in time, with the padded transpose ``Wt`` in its place.
+    """
+    LANES, SLICES, OUT = geometry.lanes, geometry.slices, outputs
+    P, SIZE = OUT * LANES, SLICES * OUT * LANES
+    ROWS = P // SLICES
+    KEPT = resident_rows(dtype, geometry, outputs)
+    WORDS = KEPT * OUT
+    zero, one, real = np.dtype(dtype).type(0), np.dtype(dtype).type(1), _real(dtype)
+
+    def recurrence_backward(dh: Any, h: Any, Wt: Any, dz: Any, dh0: Any, B: Any, H: Any) -> None:
+        state = cuda.shared.array(P, dtype=real, alignment=ALIGN)
+        partial = cuda.shared.array(SIZE, dtype=real)
+        w = cuda.local.array(WORDS, dtype=real)
+        acc = cuda.local.array(OUT, dtype=real)
+        tid = u32(cuda.threadIdx.x)
+        lane, slice_ = tid % LANES, tid // LANES
+        first = slice_ * ROWS * P + lane
+        for k in range(KEPT):
+            for i in range(OUT):
+                w[k * OUT + i] = Wt[first + k * P + i * LANES]
+        if tid < P:
+            state[tid] = zero
+        row = h.shape[0] - (cuda.gridDim.x - cuda.blockIdx.x) * H  # h[t, b, 0], t the last
+        carry, outside, hidden = zero, zero, zero
+        if tid < H:
+            outside, hidden = dh[row + tid], h[row + tid]
+        cuda.syncthreads()
+        while row >= 0:
+            if tid < H:
+                total = (outside + carry) * (one - hidden * hidden)
+                state[tid] = total
+                dz[row + tid] = total
+                if row >= B * H:
+                    outside, hidden = dh[row - B * H + tid], h[row - B * H + tid]
+            row -= B * H
+            cuda.syncthreads()
+            for i in range(OUT):
+                acc[i] = zero
+            for k in range(KEPT):
+                s = state[slice_ * ROWS + k]
+                for i in range(OUT):
+                    acc[i] += s * w[k * OUT + i]
+            for k in range(KEPT, ROWS):
+                s = state[slice_ * ROWS + k]
+                for i in range(OUT):
+                    acc[i] += s * Wt[first + k * P + i * LANES]
+            for i in range(OUT):
+                partial[slice_ * P + lane + i * LANES] = acc[i]
+            cuda.syncthreads()
+            if tid < H:
+                carry = zero
+                for i in range(SLICES):
+                    carry += partial[i * P + tid]
+        if tid < H:
+            dh0[cuda.blockIdx.x * H + tid] = carry
+
+    vector = _vector(real)
+    signature = (vector, vector, vector, vector, vector, I32, I32)
+    return Kernel(
+        f"recurrence_backward_{P}", recurrence_backward, signature, geometry.recurrence_threads
+    )
+
+
+@functools.cache
+def tanh_step_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``h = tanh(z + Σ_s partial[s])``: ends one time step of a wide recurrence."""
+
+    def tanh_step(partial: Any, z: Any, h: Any, splits: Any) -> None:
+        i = cuda.grid(1)
+        if i < h.shape[0]:
+            total = z[i]
+            for s in range(splits):
+                total += partial[s * h.shape[0] + i]
+            h[i] = math.tanh(total)
+
+    vector = _vector(_real(dtype))
+    return Kernel("tanh_step", tanh_step, (vector, vector, vector, I32), geometry.threads)
+
+
+@functools.cache
+def tanh_step_backward_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``dz = (dh + Σ_s partial[s]) (1 - h²)``: begins one time step of a wide BPTT."""
+    one = np.dtype(dtype).type(1)
+
+    def tanh_step_backward(partial: Any, dh: Any, h: Any, dz: Any, splits: Any) -> None:
+        i = cuda.grid(1)
+        if i < h.shape[0]:
+            total = dh[i]
+            for s in range(splits):
+                total += partial[s * h.shape[0] + i]
+            dz[i] = total * (one - h[i] * h[i])
+
+    vector = _vector(_real(dtype))
+    signature = (vector, vector, vector, vector, I32)
+    return Kernel("tanh_step_backward", tanh_step_backward, signature, geometry.threads)
+
+
+# --- matrix products -------------------------------------------------------------------------
+
+
+@functools.cache
+def gemm_kernel(dtype: Any, geometry: Geometry, trans_a: bool, trans_b: bool) -> Kernel:
+    """``C[s] = op(A) op(B) (+ bias)`` over the ``s``-th part of K; ``op`` transposes where told.
+
+    ``A`` is ``[M, K]`` or, transposed, ``[K, M]``; ``B`` is ``[K, N]`` or ``[N, K]``. ``lead`` rows
+    of a transposed A come from ``head`` (hidden states one step back: h0, then h). A block owns
+    a tile of C and one part of K; tiles of A and B pass through two shared buffers, the next on
+    its way in registers while this one is multiplied; a thread owns ``micro_m x micro_n`` outputs.
+    """
+    TM, TN, TK = geometry.tile_m, geometry.tile_n, geometry.tile_k
+    MM, MN, THREADS = geometry.micro_m, geometry.micro_n, geometry.gemm_threads
+    PER_ROW = TN // MN
+    LOADS_A, LOADS_B = TM * TK // THREADS, TN * TK // THREADS
+    # Four words of padding spread the transposing stores over the banks and keep rows aligned.
+    WIDE_A, WIDE_B = TM + (0 if trans_a else 4), TN + (4 if trans_b else 0)
+    BUFFER_A, BUFFER_B = TK * WIDE_A, TK * WIDE_B
+    SIZE_A, SIZE_B, SIZE_C = 2 * BUFFER_A, 2 * BUFFER_B, MM * MN
+    zero, real = np.dtype(dtype).type(0), _real(dtype)
+
+    def gemm(
+        A: Any, head: Any, B: Any, bias: Any, C: Any,
+        M: Any, N: Any, K: Any, part: Any, lead: Any, has_bias: Any,
+    ) -> None:  # fmt: skip
+        tile_a = cuda.shared.array(SIZE_A, dtype=real, alignment=ALIGN)
+        tile_b = cuda.shared.array(SIZE_B, dtype=real, alignment=ALIGN)
+        next_a = cuda.local.array(LOADS_A, dtype=real)
+        next_b = cuda.local.array(LOADS_B, dtype=real)
+        a = cuda.local.array(MM, dtype=real)
+        b = cuda.local.array(MN, dtype=real)
+        acc = cuda.local.array(SIZE_C, dtype=real)
+        tid = u32(cuda.threadIdx.x)
+        tile_column, tile_row = tid % PER_ROW * MN, tid // PER_ROW * MM
+        m0, n0, split = cuda.blockIdx.y * TM, cuda.blockIdx.x * TN, cuda.blockIdx.z
+        begin = split * part
+        end = min(begin + part, K)
+        for i in range(SIZE_C):
+            acc[i] = zero
+        buffer: Any = u32(0)
+        # One turn more than there are tiles: the first only loads, the last only multiplies.
+        for k0 in range(begin - TK, end, TK):
+            if k0 + TK < end:
+                for i in range(LOADS_A):
+                    e = tid + i * THREADS
+                    k = k0 + TK + (e // TM if trans_a else e % TK)
+                    m = m0 + (e % TM if trans_a else e // TK)
+                    next_a[i] = zero
+                    if m < M and k < end:
+                        if not trans_a:
+                            next_a[i] = A[u64(m * K + k)]
+                        elif k < lead:
+                            next_a[i] = head[u64(k * M + m)]
+                        else:
+                            next_a[i] = A[u64((k - lead) * M + m)]
+                for i in range(LOADS_B):
+                    e = tid + i * THREADS
+                    k = k0 + TK + (e % TK if trans_b else e // TN)
+                    n = n0 + (e // TK if trans_b else e % TN)
+                    next_b[i] = zero
+                    if n < N and k < end:
+                        next_b[i] = B[u64(n * K + k if trans_b else k * N + n)]
+            if k0 >= begin:
+                for k in range(TK):
+                    row_a = u32(buffer * BUFFER_A + k * WIDE_A + tile_row)
+                    row_b = u32(buffer * BUFFER_B + k * WIDE_B + tile_column)
+                    for i in range(MM):
+                        a[i] = tile_a[row_a + i]
+                    for j in range(MN):
+                        b[j] = tile_b[row_b + j]
+                    for i in range(MM):
+                        for j in range(MN):
+                            acc[i * MN + j] += a[i] * b[j]
+                buffer = u32(1) - buffer
+            if k0 + TK < end:
+                for i in range(LOADS_A):
+                    e = tid + i * THREADS
+                    if trans_a:
+                        tile_a[buffer * BUFFER_A + e // TM * WIDE_A + e % TM] = next_a[i]
+                    else:
+                        tile_a[buffer * BUFFER_A + e % TK * WIDE_A + e // TK] = next_a[i]
+                for i in range(LOADS_B):
+                    e = tid + i * THREADS
+                    if trans_b:
+                        tile_b[buffer * BUFFER_B + e % TK * WIDE_B + e // TK] = next_b[i]
+                    else:
+                        tile_b[buffer * BUFFER_B + e // TN * WIDE_B + e % TN] = next_b[i]
+            cuda.syncthreads()
+        for i in range(MM):
+            for j in range(MN):
+                m, n = m0 + tile_row + i, n0 + tile_column + j
+                if m < M and n < N:
+                    value = acc[i * MN + j]
+                    if has_bias != 0 and split == 0:
+                        value += bias[n]
+                    C[(split * M + m) * N + n] = value
+
+    vector = _vector(real)
+    signature = (vector, vector, vector, vector, vector, I32, I32, I32, I32, I32, I32)
+    name = f"gemm_{'t' if trans_a else 'n'}{'t' if trans_b else 'n'}"
+    return Kernel(name, gemm, signature, THREADS)
+
+
+@functools.cache
+def sum_splits_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``out = Σ_s partial[s]``, in order of ``s``: ends a matrix product split along K."""
+    zero = np.dtype(dtype).type(0)
+
+    def sum_splits(partial: Any, out: Any, splits: Any) -> None:
+        i = cuda.grid(1)
+        if i < out.shape[0]:
+            total = zero
+            for s in range(splits):
+                total += partial[s * out.shape[0] + i]
+            out[i] = total
+
+    vector = _vector(_real(dtype))
+    return Kernel("sum_splits", sum_splits, (vector, vector, I32), geometry.threads)
+
+
+# --- loss ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def cross_entropy_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``loss[n] = -log softmax(logits[n])[y]``, ``dlogits = (softmax - onehot) / N``.
+
+    A block owns a row. One pass finds maximum and sum together (Milakov, Gimelshein, "Online
+    normalizer calculation for softmax", 2018), a second writes; ``dlogits`` may be ``logits``.
+    """
+    THREADS, real = geometry.threads, _real(dtype)
+    zero, one, lowest = (np.dtype(dtype).type(x) for x in (0, 1, -math.inf))
+    as_real = np.dtype(dtype).type
+
+    def cross_entropy(logits: Any, targets: Any, losses: Any, dlogits: Any, V: Any) -> None:
+        highs = cuda.shared.array(THREADS, dtype=real)
+        sums = cuda.shared.array(THREADS, dtype=real)
+        tid = u32(cuda.threadIdx.x)
+        n = cuda.blockIdx.x
+        target = targets[n]
+        at_target = logits[n * V + target]
+        high, total = lowest, zero
+        for j in range(tid, V, THREADS):
+            x = logits[n * V + j]
+            if x > high:
+                total = total * math.exp(high - x) + one
+                high = x
+            else:
+                total += math.exp(x - high)
+        highs[tid] = high
+        cuda.syncthreads()
+        half = THREADS >> 1
+        while half > 0:
+            if tid < half and highs[tid + half] > highs[tid]:
+                highs[tid] = highs[tid + half]
+            cuda.syncthreads()
+            half >>= 1
+        row_high = highs[0]
+        if high != row_high:
+            total *= math.exp(high - row_high)
+        total = block_sum(sums, tid, total)
+        share = one / as_real(targets.shape[0])
+        scale = share / total
+        for j in range(tid, V, THREADS):
+            d = math.exp(logits[n * V + j] - row_high) * scale
+            if j == target:
+                d -= share
+            dlogits[n * V + j] = d
+        if tid == 0:
+            losses[n] = math.log(total) - (at_target - row_high)
+
+    vector = _vector(real)
+    return Kernel("cross_entropy", cross_entropy, (vector, INTS, vector, vector, I32), THREADS)
+
+
+@functools.cache
+def mean_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``out[0] = Σ x / N``, summed in float64 by one block."""
+    THREADS = geometry.threads
+
+    def mean(x: Any, out: Any) -> None:
+        sums = cuda.shared.array(THREADS, dtype=types.float64)
+        tid = u32(cuda.threadIdx.x)
+        total = 0.0
+        for i in range(tid, x.shape[0], THREADS):
+            total += x[i]
+        total = block_sum(sums, tid, total)
+        if tid == 0:
+            out[0] = total / x.shape[0]
+
+    vector = _vector(_real(dtype))
+    return Kernel("mean", mean, (vector, vector), THREADS)
+
+
+# --- clip and step ---------------------------------------------------------------------------
+
+
+@functools.cache
+def set_rates_kernel(geometry: Geometry) -> Kernel:
+    """``rates = (lr, max_norm)``: on the device, so that a replayed step reads what is due."""
+
+    def set_rates(rates: Any, lr: Any, max_norm: Any) -> None:
+        if cuda.grid(1) == 0:
+            rates[0] = lr
+            rates[1] = max_norm
+
+    return Kernel("set_rates", set_rates, (DOUBLES, F64, F64), geometry.threads)
+
+
+@functools.cache
+def sum_squares_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``partial[first + block] = Σ g²`` over the block's share of ``g``."""
+    THREADS, zero = geometry.threads, np.dtype(dtype).type(0)
+
+    def sum_squares(g: Any, partial: Any, first: Any) -> None:
+        sums = cuda.shared.array(THREADS, dtype=types.float64)
+        tid = u32(cuda.threadIdx.x)
+        total = zero
+        for i in range(cuda.grid(1), g.shape[0], cuda.gridsize(1)):
+            total += g[i] * g[i]
+        block_total = block_sum(sums, tid, total)
+        if tid == 0:
+            partial[first + cuda.blockIdx.x] = block_total
+
+    vector = _vector(_real(dtype))
+    return Kernel("sum_squares", sum_squares, (vector, DOUBLES, I32), THREADS)
+
+
+@functools.cache
+def norm_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``norm = sqrt(Σ partial)``, ``scale = min(1, max_norm / norm)``; one block, fixed order."""
+    THREADS = geometry.threads
+
+    def norm(partial: Any, rates: Any, out: Any, scale: Any) -> None:
+        sums = cuda.shared.array(THREADS, dtype=types.float64)
+        tid = u32(cuda.threadIdx.x)
+        total = 0.0
+        for i in range(tid, partial.shape[0], THREADS):
+            total += partial[i]
+        total = math.sqrt(block_sum(sums, tid, total))
+        if tid == 0:
+            out[0] = total
+            scale[0] = rates[1] / total if total > rates[1] else 1.0
+
+    vector = _vector(_real(dtype))
+    return Kernel("norm", norm, (DOUBLES, DOUBLES, vector, vector), THREADS)
+
+
+@functools.cache
+def scale_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``g *= scale`` where the norm was too large; a thread an element."""
+    one = np.dtype(dtype).type(1)
+
+    def scale(g: Any, factor: Any) -> None:
+        i = cuda.grid(1)
+        if i < g.shape[0] and factor[0] != one:
+            g[i] *= factor[0]
+
+    vector = _vector(_real(dtype))
+    return Kernel("scale", scale, (vector, vector), geometry.threads)
+
+
+@functools.cache
+def sgd_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``p -= lr (scale g)``: the step, with the clipping folded in; a thread an element."""
+    as_real = np.dtype(dtype).type
+
+    def sgd(p: Any, g: Any, rates: Any, factor: Any) -> None:
+        i = cuda.grid(1)
+        if i < p.shape[0]:
+            p[i] -= as_real(rates[0]) * (factor[0] * g[i])
+
+    vector = _vector(_real(dtype))
+    return Kernel("sgd", sgd, (vector, vector, DOUBLES, vector), geometry.threads)
+
+
+@functools.cache
+def record_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """Add one step to ``totals``; move ``cursor`` to the next row of start offsets."""
+
+    def record(loss: Any, norm: Any, totals: Any, cursor: Any) -> None:
+        if cuda.grid(1) == 0:
+            totals[0] += loss[0]
+            totals[1] += norm[0]
+            totals[2] += 1.0
+            if not (math.isfinite(loss[0]) and math.isfinite(norm[0])):
+                totals[3] += 1.0
+            cursor[0] += 1
+
+    vector = _vector(_real(dtype))
+    return Kernel("record", record, (vector, vector, DOUBLES, INTS), geometry.threads)
+
+
+@functools.cache
+def copy_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """``out = x``; a thread an element."""
+
+    def copy(x: Any, out: Any) -> None:
+        i = cuda.grid(1)
+        if i < out.shape[0]:
+            out[i] = x[i]
+
+    vector = _vector(_real(dtype))
+    return Kernel("copy", copy, (vector, vector), geometry.threads)
+
+
+# --- generation ------------------------------------------------------------------------------
+
+MASK, HALF, TOP = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(8)
+M0, M1 = np.uint64(PHILOX_M0), np.uint64(PHILOX_M1)
+W0, W1 = np.uint64(PHILOX_W0), np.uint64(PHILOX_W1)
+UNROLL = 16
+
+
+@device
+def uniform(position: Any, sequence: Any, key0: Any, key1: Any) -> Any:
+    """:func:`fastrnn.decoding.uniform`: Philox4x32-10, its words in uint64."""
+    c0, c1, c2, c3 = position & MASK, sequence & MASK, np.uint64(0), np.uint64(0)
+    k0, k1 = key0, key1
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = M0 * c0, M1 * c2
+        c0, c1, c2, c3 = (p1 >> HALF) ^ c1 ^ k0, p1 & MASK, (p0 >> HALF) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
+    return np.float64(c0 >> TOP) * 2.0**-24
+
+
+@device
+def beats(x: Any, i: Any, y: Any, j: Any) -> Any:
+    """Does ``x`` at index ``i`` come before ``y`` at ``j``? Larger first, ties to the lower index;
+    NaN before all numbers, as in ``numpy.argmax``."""
+    if x != x:
+        return y == y or i < j
+    return x > y or (x == y and i < j)
+
+
+@functools.cache
+def generate_kernel(dtype: Any, geometry: Geometry) -> Kernel:
+    """Whole continuations by :func:`fastrnn.decoding.choose`, one block a sequence, one launch.
+
+    Scratch a sequence: ``state``, ``fresh`` ``[H]``, ``logits`` ``[V]``, ``weights``, ``before``
+    ``[V]`` float64. A thread owns an output of each dot product and reads its column of the
+    matrix, sixteen rows on their way at once; the matrices come from the L2 cache each step. The
+    rank that top-k and top-p ask for is counted: V² comparisons a token, little at V = 1,000.
+    """
+    THREADS, real = geometry.threads, _real(dtype)
+    zero = np.dtype(dtype).type(0)
+
+    @device
+    def dot(x: Any, at: Any, W: Any, j: Any, rows: Any, width: Any) -> Any:
+        w = cuda.local.array(UNROLL, dtype=real)
+        total = zero
+        whole = rows - rows % UNROLL
+        for k in range(0, whole, UNROLL):
+            for u in range(UNROLL):
+                w[u] = W[u64((k + u) * width + j)]
+            for u in range(UNROLL):
+                total += x[at + k + u] * w[u]
+        for k in range(whole, rows):
+            total += x[at + k] * W[k * width + j]
+        return total
+
+    def generate(
+        W_xh: Any, W_hh: Any, b_h: Any, W_hq: Any, b_q: Any, prefix: Any, lengths: Any,
+        state: Any, fresh: Any, logits: Any, weights: Any, before: Any, tokens: Any,
+        P: Any, count: Any, temperature: Any, top_k: Any, top_p: Any,
+        key0: Any, key1: Any, sequence: Any, position: Any,
+    ) -> None:  # fmt: skip
+        sums = cuda.shared.array(THREADS, dtype=types.float64)
+        best = cuda.shared.array(THREADS, dtype=real)
+        where = cuda.shared.array(THREADS, dtype=types.int32)
+        tid = u32(cuda.threadIdx.x)
+        s = cuda.blockIdx.x
+        H, V = b_h.shape[0], b_q.shape[0]
+        hidden, vocabulary = s * H, s * V
+        length = lengths[s]
+        for n in range(length + count - 1):
+            token = prefix[s * P + n] if n < length else tokens[s * count + n - length]
+            for j in range(tid, H, THREADS):
+                z = W_xh[token * H + j] + b_h[j] + dot(state, hidden, W_hh, j, H, H)
+                fresh[hidden + j] = math.tanh(z)
+            cuda.syncthreads()
+            for j in range(tid, H, THREADS):
+                state[hidden + j] = fresh[hidden + j]
+            cuda.syncthreads()
+            if n < length - 1:
+                continue
+            for j in range(tid, V, THREADS):
+                logits[vocabulary + j] = b_q[j] + dot(state, hidden, W_hq, j, H, V)
+            cuda.syncthreads()
+
+            # The arg-max, on every thread.
+            found = min(tid, V - 1)
+            for j in range(tid, V, THREADS):
+                if beats(logits[vocabulary + j], j, logits[vocabulary + found], found):
+                    found = j
+            best[tid] = logits[vocabulary + found]
+            where[tid] = found
+            cuda.syncthreads()
+            half = THREADS >> 1
+            while half > 0:
+                if tid < half and beats(best[tid + half], where[tid + half], best[tid], where[tid]):
+                    best[tid] = best[tid + half]
+                    where[tid] = where[tid + half]
+                cuda.syncthreads()
+                half >>= 1
+            chosen = where[0]
+
+            if temperature > 0.0:
+                high = np.float64(logits[vocabulary + chosen])
+                for j in range(tid, V, THREADS):
+                    weights[vocabulary + j] = math.exp(
+                        (np.float64(logits[vocabulary + j]) - high) / temperature
+                    )
+                cuda.syncthreads()
+                if (top_k > 0 and top_k < V) or top_p < 1.0:
+                    # Who comes before token j, and how heavy are they? -1: cut off by top-k.
+                    mass = 0.0
+                    for j in range(tid, V, THREADS):
+                        ranked, heavier = 0, 0.0
+                        own = logits[vocabulary + j]
+                        for i in range(V):
+                            if beats(logits[vocabulary + i], i, own, j):
+                                ranked += 1
+                                heavier += weights[vocabulary + i]
+                        if top_k > 0 and ranked >= top_k:
+                            heavier = -1.0
+                        else:
+                            mass += weights[vocabulary + j]
+                        before[vocabulary + j] = heavier
+                    mass = block_sum(sums, tid, mass)
+                    for j in range(tid, V, THREADS):
+                        heavier = before[vocabulary + j]
+                        if heavier < 0.0 or (top_p < 1.0 and not heavier < top_p * mass):
+                            weights[vocabulary + j] = 0.0
+                    cuda.syncthreads()
+
+                # Invert the cumulative distribution: a thread adds up a run of tokens, then the
+                # first thread finds the run and the token in it.
+                run = (V + THREADS - 1) // THREADS
+                mass = 0.0
+                for j in range(tid * run, min(V, (tid + 1) * run)):
+                    mass += weights[vocabulary + j]
+                sums[tid] = mass
+                cuda.syncthreads()
+                if tid == 0:
+                    total = 0.0
+                    for i in range(THREADS):
+                        total += sums[i]
+                    u = uniform(position + np.uint64(n - (length - 1)),
+                                sequence + np.uint64(s), key0, key1)  # fmt: skip
+                    goal = u * total
+                    mass, i = 0.0, 0
+                    while i < THREADS - 1 and mass + sums[i] <= goal:
+                        mass += sums[i]
+                        i += 1
+                    for j in range(i * run, V):
+                        if weights[vocabulary + j] > 0.0:
+                            chosen = j
+                            mass += weights[vocabulary + j]
+                            if mass > goal:
+                                break
+            if tid == 0:
+                tokens[s * count + n - (length - 1)] = chosen
+            cuda.syncthreads()
+
+    vector = _vector(real)
+    signature = (
+        vector, vector, vector, vector, vector, INTS, INTS,
+        vector, vector, vector, DOUBLES, DOUBLES, INTS,
+        I32, I32, F64, I32, F64, U64, U64, U64, U64,
+    )  # fmt: skip
+    return Kernel("generate", generate, signature, THREADS)
+
+
+# --- All of them -----------------------------------------------------------------------------
+
+
+def all_kernels(dtype: Any, geometry: Geometry) -> list[Kernel]:
+    """Every kernel the backend can launch for ``dtype``: what a compile check goes through."""
+    widths = []
+    outputs = 1
+    while outputs * geometry.lanes <= geometry.max_hidden:
+        widths.append(outputs)
+        outputs *= 2
+    flags = (False, True)
+    return [
+        window_kernel(geometry),
+        gather_kernel(dtype, geometry),
+        rank_kernel(geometry),
+        gather_backward_kernel(dtype, geometry),
+        column_sum_kernel(dtype, geometry),
+        *(pad_kernel(dtype, geometry, transposed) for transposed in flags),
+        *(recurrence_kernel(dtype, geometry, width) for width in widths),
+        *(recurrence_backward_kernel(dtype, geometry, width) for width in widths),
+        tanh_step_kernel(dtype, geometry),
+        tanh_step_backward_kernel(dtype, geometry),
+        gemm_kernel(dtype, geometry, False, False),
+        gemm_kernel(dtype, geometry, False, True),
+        gemm_kernel(dtype, geometry, True, False),
+        sum_splits_kernel(dtype, geometry),
+        cross_entropy_kernel(dtype, geometry),
+        mean_kernel(dtype, geometry),
+        set_rates_kernel(geometry),
+        sum_squares_kernel(dtype, geometry),
+        norm_kernel(dtype, geometry),
+        scale_kernel(dtype, geometry),
+        sgd_kernel(dtype, geometry),
+        record_kernel(dtype, geometry),
+        copy_kernel(dtype, geometry),
+        generate_kernel(dtype, geometry),
+    ]

@@ -1,0 +1,374 @@
+"""The ``numba-cuda`` backend in Numba's CUDA simulator: ops, steps and generation at toy shapes.
+
+Run by ``tests/test_numba_cuda.py`` in a process of its own, because the simulator takes the place
+of numba's CUDA module for good: ``NUMBA_ENABLE_CUDASIM=1 pytest tests/numba_cuda_simulated.py``.
+A CUDA thread is a Python thread here, so blocks and tiles are shrunk; the kernels are the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastrnn import reference
+from fastrnn.backend import Dims, open_backend
+from fastrnn.backends import numba_cuda_kernels as kernels
+from fastrnn.backends.numba_cuda import NumbaCudaBackend
+from fastrnn.decoding import Decoding
+from tests.conftest import Inputs
+from tests.test_ops import (
+    OnBackend,
+    recurrence_oracle,
+    run,
+    test_clip_by_global_norm,
+    test_cross_entropy,
+    test_gather,
+    test_gather_backward,
+    test_project,
+    test_project_backward,
+    test_record_counts_steps_and_what_is_not_finite,
+    test_recurrence,
+    test_recurrence_backward,
+    test_recurrence_in_place,
+    test_sgd,
+    test_window,
+    up,
+)
+from tests.test_step import check_steps, setting
+from tests.tolerances import assert_close
+
+__all__ = [
+    "run",
+    "test_clip_by_global_norm",
+    "test_cross_entropy",
+    "test_gather",
+    "test_gather_backward",
+    "test_project",
+    "test_project_backward",
+    "test_record_counts_steps_and_what_is_not_finite",
+    "test_recurrence",
+    "test_recurrence_backward",
+    "test_recurrence_in_place",
+    "test_sgd",
+    "test_window",
+]
+
+assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "run under the simulator"
+
+# The simulator's scheduler polls its threads; let it not hold the interpreter while it does.
+sys.setswitchinterval(5e-5)
+
+# Small enough for Python threads; every path of the real sizes is taken: rows of W_hh that stay in
+# registers and rows that do not, several slices, tiles and splits, states too wide for one block.
+TOY = kernels.Geometry(
+    lanes=4, slices=4, max_hidden=16, resident_bytes=48, tile_m=8, tile_n=8, tile_k=4,
+    micro_m=4, micro_n=2, threads=8, columns=4, partial_blocks=3,
+)  # fmt: skip
+
+SHAPES = [
+    # T, B, H, V
+    pytest.param((1, 1, 1, 2, "float32"), id="smallest-float32"),
+    pytest.param((3, 2, 7, 11, "float32"), id="odd-float32"),
+    pytest.param((3, 2, 7, 11, "float64"), id="odd-float64"),
+    pytest.param((2, 3, 13, 5, "float32"), id="padded-state-float32"),
+    pytest.param((3, 1, 16, 19, "float32"), id="aligned-state-float32"),
+    pytest.param((2, 2, 19, 6, "float32"), id="wide-state-float32"),
+    pytest.param((2, 2, 19, 6, "float64"), id="wide-state-float64"),
+]
+
+
+@pytest.fixture(scope="module")
+def backend() -> NumbaCudaBackend:
+    return NumbaCudaBackend(TOY)
+
+
+@pytest.fixture(params=SHAPES)
+def inputs(request: pytest.FixtureRequest) -> Inputs:
+    T, B, H, V, dtype = request.param
+    return Inputs(T, B, H, V, dtype)
+
+
+# --- steps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "carry", "fused"),
+    [
+        pytest.param((3, 2, 7, 11), True, True, id="carried-fused"),
+        pytest.param((3, 2, 7, 11), False, False, id="zeroed-composed"),
+        pytest.param((2, 2, 19, 6), True, True, id="wide-state-carried-fused"),
+        pytest.param((2, 2, 19, 6), True, False, id="wide-state-carried-composed"),
+    ],
+)
+def test_three_steps_follow_the_oracle(
+    backend: NumbaCudaBackend, shape: Any, carry: bool, fused: bool
+) -> None:
+    check_steps(backend, Inputs(*shape, dtype=np.float32), 3, carry, fused)
+
+
+def test_steps_give_the_same_bits_however_they_are_submitted(backend: NumbaCudaBackend) -> None:
+    inputs = Inputs(2, 2, 5, 4, np.float32)
+    params, tokens, starts = setting(inputs, 3)
+    runs = []
+    for chunks in ([3], [1, 2], None):
+        ws = backend.workspace(Dims(2, 2, 5, 4, inputs.dtype), tokens, params)
+        if chunks is None:
+            for row in starts:
+                backend.step(ws, backend.put(row), 0.5, 0.7, True)
+        else:
+            done = 0
+            for n in chunks:
+                backend.run_steps(ws, starts[done : done + n], 0.5, 0.7, True)
+                done += n
+        runs.append([backend.get(a) for a in (ws.flat_params, ws.h0, ws.totals)])
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_rates_are_read_anew_in_each_run(backend: NumbaCudaBackend) -> None:
+    inputs = Inputs(2, 2, 5, 4, np.float64)
+    params, tokens, starts = setting(inputs, 2)
+    ws = backend.workspace(Dims(2, 2, 5, 4, inputs.dtype), tokens, params)
+    backend.run_steps(ws, starts[:1], 0.5, 0.7, False)
+    after_one = backend.get(ws.flat_params)
+    backend.run_steps(ws, starts[1:], 0.0, 0.7, False)
+    np.testing.assert_array_equal(backend.get(ws.flat_params), after_one)
+
+
+def test_evaluate_is_the_loss(backend: NumbaCudaBackend) -> None:
+    inputs = Inputs(3, 2, 7, 11, np.float32)
+    params, tokens, starts = setting(inputs, 2)
+    ws = backend.workspace(Dims(3, 2, 7, 11, inputs.dtype), tokens, params)
+    losses, h = [], np.zeros((2, 7))
+    for row in starts:
+        index = row[None, :] + np.arange(3)[:, None]
+        hs, logits = reference.forward(tokens[index], h, {k: up(p) for k, p in params.items()})
+        losses.append(reference.cross_entropy(logits, tokens[index + 1]))
+        h = hs[-1]
+    assert backend.evaluate(ws, starts, carry=True) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_the_blocks_meant_for_real_devices() -> None:
+    """512 threads and 64 x 64 tiles, once: nothing depends on the toy sizes."""
+    backend, inputs = NumbaCudaBackend(), Inputs(2, 1, 33, 5, np.float32)
+    on = OnBackend(backend)
+    z, h0 = inputs.array(2, 1, 33), inputs.array(1, 33)
+    W = inputs.array(33, 33, scale=0.2)
+    assert_close("recurrence", on("recurrence", z, W, h0), recurrence_oracle(z, W, h0))
+    h, W_hq, b_q = inputs.array(2, 1, 33), inputs.array(33, 5), inputs.array(5)
+    assert_close("project", on("project", h, W_hq, b_q), up(h) @ up(W_hq) + up(b_q))
+
+
+# --- generation ------------------------------------------------------------------------------
+
+DECODINGS = [
+    Decoding(),
+    Decoding(temperature=1.0, seed=7),
+    Decoding(temperature=0.7, top_k=3, seed=2**63 + 5),
+    Decoding(temperature=1.3, top_p=0.6, seed=11),
+    Decoding(temperature=2.0, top_k=5, top_p=0.8, seed=1),
+]
+
+
+def prompts(inputs: Inputs) -> tuple[Any, Any]:
+    return inputs.tokens(3, 4), np.array([4, 1, 2], np.int32)
+
+
+@pytest.mark.parametrize("decoding", DECODINGS, ids=str)
+def test_generates_the_tokens_of_the_numpy_backend(
+    backend: NumbaCudaBackend, decoding: Decoding
+) -> None:
+    inputs = Inputs(1, 1, 19, 13, np.float32)
+    params = inputs.params(scale=0.8)
+    prefix, lengths = prompts(inputs)
+    on_device = {name: backend.put(p) for name, p in params.items()}
+    numpy_ = open_backend("numpy")
+    want, state = numpy_.generate(params, prefix, lengths, 6, decoding, sequence=2, position=3)
+    got, h = backend.generate(on_device, prefix, lengths, 6, decoding, sequence=2, position=3)
+    np.testing.assert_array_equal(got, want)
+    assert_close("recurrence", h, state)
+    # And goes on exactly where it stopped.
+    more = {"sequence": 2, "position": 9}
+    ones = np.ones(3, np.int32)
+    want, _ = numpy_.generate(params, want[:, -1:], ones, 3, decoding, h0=state, **more)
+    got, _ = backend.generate(on_device, got[:, -1:], ones, 3, decoding, h0=h, **more)
+    np.testing.assert_array_equal(got, want)
+
+
+def check_ties_go_to_the_lowest_index(backend: NumbaCudaBackend) -> None:
+    params = Inputs(1, 1, 3, 9, np.float32).params()
+    params["W_hq"][:] = 0
+    params["b_q"][:] = [0, 1, 5, 0, 5, 2, 5, 0, 0]
+    on_device = {name: backend.put(p) for name, p in params.items()}
+    one = np.ones((1, 1), np.int32)
+    tokens, _ = backend.generate(on_device, one, one[0], 2, Decoding())
+    assert tokens.tolist() == [[2, 2]]
+    # top-k 1 keeps the first of the tied tokens and nothing else.
+    sampled = Decoding(temperature=1.0, top_k=1, seed=3)
+    tokens, _ = backend.generate(on_device, one, one[0], 2, sampled)
+    assert tokens.tolist() == [[2, 2]]
+
+
+def test_ties_go_to_the_lowest_index(backend: NumbaCudaBackend) -> None:
+    check_ties_go_to_the_lowest_index(backend)
+
+
+def test_logits_that_are_not_numbers_still_give_a_token(backend: NumbaCudaBackend) -> None:
+    params = Inputs(1, 1, 3, 9, np.float32).params()
+    params["b_q"][4] = np.nan
+    on_device = {name: backend.put(p) for name, p in params.items()}
+    one = np.ones((1, 1), np.int32)
+    tokens, _ = backend.generate(on_device, one, one[0], 1, Decoding())
+    assert tokens.tolist() == [[4]]  # as numpy.argmax
+    tokens, _ = backend.generate(on_device, one, one[0], 1, Decoding(temperature=1.0))
+    assert 0 <= tokens[0, 0] < 9
+
+
+# --- arrays of others ------------------------------------------------------------------------
+
+
+def test_an_array_on_the_host_is_refused_by_name(backend: NumbaCudaBackend) -> None:
+    z = np.zeros((1, 1, 2), np.float32)
+    with pytest.raises(TypeError, match=r"__cuda_array_interface__.*got numpy.ndarray"):
+        backend.recurrence(z, z[0], z[0])
+
+
+# --- wrong twins -----------------------------------------------------------------------------
+
+
+def twin(right: str, wrong: str) -> types.ModuleType:
+    """The kernels' module with one line changed."""
+    source = inspect.getsource(kernels)
+    assert source.count(right) >= 1, f"the kernels no longer contain {right!r}"
+    module = types.ModuleType("fastrnn_wrong_twin")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(source.replace(right, wrong), f"twin of {right!r}", "exec"), module.__dict__)
+    return module
+
+
+def check_recurrence(backend: NumbaCudaBackend) -> None:
+    for shape in ((3, 2, 16, 2), (2, 2, 19, 2)):
+        inputs = Inputs(*shape, np.float32)
+        T, B, H = shape[:3]
+        z, h0 = inputs.array(T, B, H), inputs.array(B, H)
+        W = inputs.array(H, H, scale=0.5)
+        h = OnBackend(backend)("recurrence", z, W, h0)
+        assert_close("recurrence", h, recurrence_oracle(z, W, h0))
+
+
+def check_gather_backward(backend: NumbaCudaBackend) -> None:
+    inputs = Inputs(5, 4, 6, 7, np.float32)
+    test_gather_backward(OnBackend(backend), inputs, "random")
+
+
+def check_cross_entropy(backend: NumbaCudaBackend) -> None:
+    test_cross_entropy(OnBackend(backend), Inputs(2, 2, 1, 19, np.float32), 1.0)
+
+
+def check_clip(backend: NumbaCudaBackend) -> None:
+    test_clip_by_global_norm(backend, Inputs(1, 1, 6, 7, np.float32), 0.5)
+
+
+def check_project(backend: NumbaCudaBackend) -> None:
+    test_project(OnBackend(backend), Inputs(3, 3, 22, 9, np.float32))
+
+
+def check_recurrence_backward(backend: NumbaCudaBackend) -> None:
+    test_recurrence_backward(OnBackend(backend), Inputs(3, 2, 16, 2, np.float32))
+
+
+def check_samples(backend: NumbaCudaBackend) -> None:
+    for decoding in DECODINGS[1:]:
+        test_generates_the_tokens_of_the_numpy_backend(backend, decoding)
+
+
+BARRIER = "cuda.syncthreads()"
+
+# (what is wrong, the right line, the wrong one, the check that must reject it)
+TWINS: list[tuple[str, str, str, Callable[[NumbaCudaBackend], None]]] = [
+    (
+        "no barrier before the slices' sums are read",
+        f"{BARRIER}\n            if tid < H:\n                total = ahead",
+        "pass\n            if tid < H:\n                total = ahead",
+        check_recurrence,
+    ),
+    (
+        "no barrier before the next state is read",
+        f"while row < z.shape[0]:\n            {BARRIER}",
+        "while row < z.shape[0]:\n            pass",
+        check_recurrence,
+    ),
+    (
+        "rows outside the registers dropped",
+        "for k in range(KEPT, ROWS):",
+        "for k in range(ROWS, ROWS):",
+        check_recurrence,
+    ),
+    (
+        "no barrier between dz and the product with it",
+        f"row -= B * H\n            {BARRIER}",
+        "row -= B * H",
+        check_recurrence_backward,
+    ),
+    ("tanh' forgotten", "* (one - hidden * hidden)", "* one", check_recurrence_backward),
+    (
+        "h not shifted by a step in dW_hh",
+        "A[u64((k - lead) * M + m)]",
+        "A[u64(k * M + m)]",
+        check_recurrence_backward,
+    ),
+    (
+        "last occurrence of a token dropped",
+        "range(bounds[v] + row, bounds[v + 1], ROWS)",
+        "range(bounds[v] + row, bounds[v + 1] - 1, ROWS)",
+        check_gather_backward,
+    ),
+    ("rows not sorted by token", "order[count] = q", "order[q] = q", check_gather_backward),
+    ("last row of K dropped", "m < M and k < end", "m < M and k < end - 1", check_project),
+    ("one buffer for two tiles", "buffer = u32(1) - buffer", "pass", check_project),
+    (
+        "sums not rescaled to the row's maximum",
+        "total *= math.exp(high - row_high)",
+        "pass",
+        check_cross_entropy,
+    ),
+    (
+        "clipped by the squared norm",
+        "rates[1] / total if",
+        "rates[1] / (total * total) if",
+        check_clip,
+    ),
+    ("nine rounds of Philox", "range(PHILOX_ROUNDS)", "range(PHILOX_ROUNDS - 1)", check_samples),
+    ("one token too many in top-k", "ranked >= top_k", "ranked > top_k", check_samples),
+    (
+        "ties to the highest index",
+        "(x == y and i < j)",
+        "(x == y and i > j)",
+        check_ties_go_to_the_lowest_index,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "check", dict.fromkeys(t[3] for t in TWINS), ids=lambda check: str(check.__name__)
+)
+def test_the_right_kernels_pass(check: Any, backend: NumbaCudaBackend) -> None:
+    check(backend)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "check"), [t[1:] for t in TWINS], ids=[t[0] for t in TWINS]
+)
+def test_wrong_twins_are_rejected(right: str, wrong: str, check: Any) -> None:
+    module = twin(right, wrong)
+    geometry = module.Geometry(**vars(TOY))
+    with pytest.raises(AssertionError):
+        check(NumbaCudaBackend(geometry, module))
