@@ -439,6 +439,8 @@ def commit() -> dict[str, Any]:
         return done.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")) != _HERE.parent:
+            return {}
         return {
             "id": git("rev-parse", "HEAD"),
             "time": git("show", "-s", "--format=%cI", "HEAD"),
@@ -547,8 +549,9 @@ def interpreter(contender: Contender) -> str:
 
 def _environment(contender: Contender, threads: int | None) -> dict[str, str]:
     env = dict(os.environ)
-    paths = [str(_HERE.parent), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    if interpreter(contender) == sys.executable:  # another Python must not see our packages
+        paths = [str(_HERE.parent), env.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     env["TF_CPP_MIN_LOG_LEVEL"] = env.get("TF_CPP_MIN_LOG_LEVEL", "2")
     env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if contender.device == "cpu":
