@@ -579,7 +579,7 @@ class Row:
         error: relative error against the float64 oracle.
         start_seconds: building the contender and its first unit, compilation included.
         extra_bytes: resident memory in the timed runs above that of the bare process.
-        idle_cpu: cores kept busy while it was not its turn; spinning threads show here.
+        idle_cpu: most CPU seconds it used between two turns; spinning threads show here.
         floor: the roofline's lower bound of a unit in seconds, where it is known.
     """
 
@@ -850,10 +850,12 @@ def measure(
                     units, repeats = shares[name]
                     answer = workers[name].ask(do="time", units=units, repeats=repeats)
                     rows[name].rounds.append(statistics.median(answer["seconds"]))
-                    rows[name].extra_bytes = answer["extra_bytes"]
-                    idle = answer["idle_cpu"] / max(answer["idle"], 1e-9)
-                    rows[name].idle_cpu = max(idle, rows[name].idle_cpu or 0.0)
-            if workload == "step" and (ours := _first_of_ours(rows.values())) is not None:
+                    if rows[name].device == "cpu":  # a GPU's memory is not the process's
+                        rows[name].extra_bytes = answer["extra_bytes"]
+                    idle = rows[name].idle_cpu or 0.0
+                    rows[name].idle_cpu = max(idle, answer["idle_cpu"])
+            on_cpu = [r for r in rows.values() if r.device == "cpu"]
+            if workload == "step" and (ours := _first_of_ours(on_cpu)) is not None:
                 with _failing(ours):
                     time.sleep(SETTLE_SECONDS)
                     for key, rate in workers[ours.name].ask(do="machine").items():

@@ -148,9 +148,9 @@ def main() -> None:
             "second_seconds": second - first,
         }
     )
-    idle_since, idle_cpu = time.perf_counter(), time.process_time()
+    used = time.process_time()
     for line in sys.stdin:
-        idle = (time.process_time() - idle_cpu, time.perf_counter() - idle_since)
+        idle = time.process_time() - used
         task = json.loads(line)
         if task["do"] == "check":
             contender = module.WORKLOADS[workload](problem, variant)
@@ -175,8 +175,8 @@ def main() -> None:
                 seconds.append((time.perf_counter() - start) / units)
             peak = resident("VmHWM")
             extra = None if peak is None or base is None else peak - base
-            reply({"seconds": seconds, "extra_bytes": extra, "idle_cpu": idle[0], "idle": idle[1]})
-        idle_since, idle_cpu = time.perf_counter(), time.process_time()
+            reply({"seconds": seconds, "extra_bytes": extra, "idle_cpu": idle})
+        used = time.process_time()
 
 
 if __name__ == "__main__":
