@@ -41,14 +41,16 @@ def reset_peak() -> None:
         return
 
 
-def thread_pools() -> list[dict[str, Any]]:
+def thread_pools() -> list[str]:
     """BLAS and OpenMP libraries loaded here, with their threads; empty without threadpoolctl."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
         return []
-    keys = ("user_api", "internal_api", "version", "num_threads", "architecture")
-    return [{key: pool.get(key) for key in keys} for pool in threadpool_info()]
+    return [
+        f"{pool['internal_api']} {pool['version']}, {pool['num_threads']} threads"
+        for pool in threadpool_info()
+    ]
 
 
 def copy_bandwidth(nbytes: int, repeats: int = 5) -> float:
