@@ -19,7 +19,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("peer", "workload"), PAIRS)
 def test_peer(peer: Contender, workload: str) -> None:
-    (row,), _ = measure([peer], workload, "tiny", rounds=1, turn_seconds=0.01)
+    (row,) = measure([peer], workload, "tiny", rounds=1, turn_seconds=0.01).rows
     if row.status == "missing":
         pytest.skip(f"{peer.label} is missing: {row.reason}")
     assert row.status == "ok", row.reason

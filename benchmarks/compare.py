@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             for workload in options.workload or ("step", "recurrence+bptt", "generate"):
                 for size in options.size or ("headline",):
-                    (old, new), _ = measure(contenders, workload, size, rounds=options.rounds)
+                    old, new = measure(contenders, workload, size, rounds=options.rounds).rows
                     row, slower = line(old, new, options.allowed)
                     cells.append(row)
                     failed = failed or slower

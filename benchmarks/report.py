@@ -72,7 +72,7 @@ def machine_line(result: BenchResult) -> str:
     parts = [f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB", *gpus, m["system"]]
     parts += [f"Python {m['python']}", f"NumPy {m['numpy']}", *m["blas"]]
     parts += [f"{k}={v}" for k, v in m["thread_environment"].items()]
-    versions = {k: v for r in result.rows for k, v in r.versions.items()}
+    versions = {k: v for s in result.software.values() for k, v in s["versions"].items()}
     parts += [f"{k} {v}" for k, v in sorted(versions.items()) if k not in ("python", "numpy")]
     state = result.commit.get("id", "installed package")[:10]
     state += " with changes" if result.commit.get("dirty") else ""

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -439,6 +439,8 @@ def commit() -> dict[str, Any]:
         return done.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")) != _HERE.parent:
+            return {}
         return {
             "id": git("rev-parse", "HEAD"),
             "time": git("show", "-s", "--format=%cI", "HEAD"),
@@ -547,8 +549,9 @@ def interpreter(contender: Contender) -> str:
 
 def _environment(contender: Contender, threads: int | None) -> dict[str, str]:
     env = dict(os.environ)
-    paths = [str(_HERE.parent), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    if interpreter(contender) == sys.executable:  # another Python must not see our packages
+        paths = [str(_HERE.parent), env.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     env["TF_CPP_MIN_LOG_LEVEL"] = env.get("TF_CPP_MIN_LOG_LEVEL", "2")
     env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if contender.device == "cpu":
@@ -576,7 +579,7 @@ class Row:
         error: relative error against the float64 oracle.
         start_seconds: building the contender and its first unit, compilation included.
         extra_bytes: resident memory in the timed runs above that of the bare process.
-        idle_cpu: cores kept busy while it was not its turn; spinning threads show here.
+        idle_cpu: most CPU seconds it used between two turns; spinning threads show here.
         floor: the roofline's lower bound of a unit in seconds, where it is known.
     """
 
@@ -600,8 +603,6 @@ class Row:
     extra_bytes: int | None = None
     idle_cpu: float | None = None
     floor: float | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    pools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -613,6 +614,7 @@ class BenchResult:
         dims: the sizes by name. rates: best SGEMM rate (FLOP/s) and copy bandwidth (bytes/s) seen
             in our own process. first_call: seconds of opening a backend and its first training
             step by backend, with an empty and with a filled JIT cache.
+        software: versions and thread pools of each contender. seconds: how long it all took.
     """
 
     machine: dict[str, Any]
@@ -622,6 +624,7 @@ class BenchResult:
     dims: dict[str, dict[str, int]]
     rates: dict[str, float] = field(default_factory=dict)
     first_call: dict[str, dict[str, float]] = field(default_factory=dict)
+    software: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def merge(self, other: BenchResult) -> None:
@@ -629,6 +632,7 @@ class BenchResult:
         self.rows += other.rows
         self.dims |= other.dims
         self.first_call |= other.first_call
+        self.software |= other.software
         self.seconds += other.seconds
         for key, rate in other.rates.items():
             self.rates[key] = max(rate, self.rates.get(key, 0.0))
@@ -791,6 +795,16 @@ def _rounded(value: Any) -> Any:
     return value
 
 
+class Measurement(NamedTuple):
+    """Rows of the contenders, the machine's rates (empty for workloads other than ``step``), and
+    the libraries' versions and thread pools by contender.
+    """
+
+    rows: list[Row]
+    rates: dict[str, float]
+    software: dict[str, dict[str, Any]]
+
+
 def measure(
     contenders: Sequence[Contender],
     workload: str,
@@ -800,12 +814,8 @@ def measure(
     turn_seconds: float = 0.25,
     threads: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> tuple[list[Row], dict[str, float]]:
-    """Check and time ``contenders`` on one workload and size, interleaved.
-
-    Returns:
-        Their rows, and the machine's rates (empty for workloads other than ``step``).
-    """
+) -> Measurement:
+    """Check and time ``contenders`` on one workload and size, interleaved."""
     dims = SIZES[size]
     problem, expected = make_problem(workload, dims)
     rows = {
@@ -814,6 +824,7 @@ def measure(
         if workload in c.workloads
     }
     rates: dict[str, float] = {}
+    software: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = Path(folder) / "problem.npz"
         np.savez(path, **problem)  # type: ignore[arg-type]
@@ -829,6 +840,7 @@ def measure(
                 if "missing" in worker.report:
                     row.status, row.reason = "missing", worker.report["missing"]
                     continue
+                software[c.name] = {key: worker.report[key] for key in ("versions", "pools")}
                 _check(worker, row, workload, expected, Path(folder))
                 if row.status == "ok":
                     workers[c.name] = worker
@@ -847,16 +859,18 @@ def measure(
                     units, repeats = shares[name]
                     answer = workers[name].ask(do="time", units=units, repeats=repeats)
                     rows[name].rounds.append(statistics.median(answer["seconds"]))
-                    rows[name].extra_bytes = answer["extra_bytes"]
-                    idle = answer["idle_cpu"] / max(answer["idle"], 1e-9)
-                    rows[name].idle_cpu = max(idle, rows[name].idle_cpu or 0.0)
-            if workload == "step" and (ours := _first_of_ours(rows.values())) is not None:
+                    if rows[name].device == "cpu":  # a GPU's memory is not the process's
+                        rows[name].extra_bytes = answer["extra_bytes"]
+                    idle = rows[name].idle_cpu or 0.0
+                    rows[name].idle_cpu = max(idle, answer["idle_cpu"])
+            on_cpu = [r for r in rows.values() if r.device == "cpu"]
+            if workload == "step" and (ours := _first_of_ours(on_cpu)) is not None:
                 with _failing(ours):
                     time.sleep(SETTLE_SECONDS)
                     for key, rate in workers[ours.name].ask(do="machine").items():
                         rates[key] = max(rate, rates.get(key, 0.0))
     _summarise(list(rows.values()), dims, rates)
-    return list(rows.values()), rates
+    return Measurement(list(rows.values()), rates, software)
 
 
 @contextlib.contextmanager
@@ -873,7 +887,6 @@ def _check(
 ) -> None:
     """Compare a contender's results with the oracle's; fill in its start report."""
     report = worker.report
-    row.versions, row.pools = report["versions"], report["pools"]
     row.start_seconds = report["build_seconds"] + report["first_seconds"]
     results = folder / f"{row.name}.npz"
     units = CHECK_CHARACTERS if workload.startswith("generate") else 1
@@ -1017,7 +1030,7 @@ def run_bench(
     )
     for workload in workloads:
         for size in sizes:
-            rows, rates = measure(
+            measured = measure(
                 contenders,
                 workload,
                 size,
@@ -1026,8 +1039,9 @@ def run_bench(
                 threads=threads,
                 progress=progress,
             )
-            result.rows += rows
-            for key, rate in rates.items():
+            result.rows += measured.rows
+            result.software |= measured.software
+            for key, rate in measured.rates.items():
                 result.rates[key] = max(rate, result.rates.get(key, 0.0))
     if first_call:
         for contender in contenders:

@@ -202,7 +202,7 @@ def test_rows_of_right_wrong_dying_and_missing_contenders(peer: Any) -> None:
         peer("dies"),
         peer("absent", module="no_such_peer"),
     ]
-    rows, rates = bench.measure(contenders, "step", "tiny", rounds=2, turn_seconds=0.002)
+    rows, rates, software = bench.measure(contenders, "step", "tiny", rounds=2, turn_seconds=0.002)
     by_name = {r.name: r for r in rows}
     assert [r.status for r in rows] == ["ok", "ok", "wrong", "failed", "missing"]
     assert by_name["numpy"].ratio == 1.0
@@ -222,6 +222,7 @@ def test_rows_of_right_wrong_dying_and_missing_contenders(peer: Any) -> None:
     assert "no_such_peer" in by_name["absent"].reason
     assert rates["flops"] > 0
     assert rates["bandwidth"] > 0
+    assert software["numpy"]["versions"]["numpy"] == np.__version__
 
 
 def test_a_worker_that_does_not_answer_is_an_error(tmp_path: Path) -> None:

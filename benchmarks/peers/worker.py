@@ -41,14 +41,16 @@ def reset_peak() -> None:
         return
 
 
-def thread_pools() -> list[dict[str, Any]]:
+def thread_pools() -> list[str]:
     """BLAS and OpenMP libraries loaded here, with their threads; empty without threadpoolctl."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
         return []
-    keys = ("user_api", "internal_api", "version", "num_threads", "architecture")
-    return [{key: pool.get(key) for key in keys} for pool in threadpool_info()]
+    return [
+        f"{pool['internal_api']} {pool['version']}, {pool['num_threads']} threads"
+        for pool in threadpool_info()
+    ]
 
 
 def copy_bandwidth(nbytes: int, repeats: int = 5) -> float:
@@ -148,9 +150,9 @@ def main() -> None:
             "second_seconds": second - first,
         }
     )
-    idle_since, idle_cpu = time.perf_counter(), time.process_time()
+    used = time.process_time()
     for line in sys.stdin:
-        idle = (time.process_time() - idle_cpu, time.perf_counter() - idle_since)
+        idle = time.process_time() - used
         task = json.loads(line)
         if task["do"] == "check":
             contender = module.WORKLOADS[workload](problem, variant)
@@ -175,8 +177,8 @@ def main() -> None:
                 seconds.append((time.perf_counter() - start) / units)
             peak = resident("VmHWM")
             extra = None if peak is None or base is None else peak - base
-            reply({"seconds": seconds, "extra_bytes": extra, "idle_cpu": idle[0], "idle": idle[1]})
-        idle_since, idle_cpu = time.perf_counter(), time.process_time()
+            reply({"seconds": seconds, "extra_bytes": extra, "idle_cpu": idle})
+        used = time.process_time()
 
 
 if __name__ == "__main__":
