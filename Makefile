@@ -22,7 +22,7 @@ emulate:                    ## the CUDA kernels on this CPU, against the oracle
 	FASTRNN_REQUIRE_EMULATOR=1 $(PYTHON) -m pytest tests/test_emulator.py tests/test_cuda_*.py
 
 bench:                      ## the benchmark suite and the peers found here
-	$(PYTHON) -m pytest benchmarks --benchmark-enable
+	$(PYTHON) -m benchmarks
 
 bench-compare:              ## this tree against another commit
 	$(PYTHON) -m benchmarks.compare $(REF)
