@@ -25,8 +25,9 @@ TABLES: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], int], ...
     # workloads, sizes, peers left out, rounds
     (("step",), ("headline",), (), 7),
     (("recurrence",), ("headline",), (), 5),
-    (("recurrence+bptt",), ("headline", "B1", "B256", "H64", "H512", "H1024"), (), 5),
-    (("recurrence+bptt",), ("T512",), ("torch-compile",), 5),
+    (("recurrence+bptt",), ("headline",), (), 5),
+    (("recurrence+bptt",), ("B1", "B256", "H64", "H512", "H1024"), (), 3),
+    (("recurrence+bptt",), ("T512",), ("torch-compile", "torch-compile-cuda"), 3),
     (("generate", "generate64", "cross_entropy"), ("headline",), (), 5),
 )
 

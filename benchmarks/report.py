@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gate
-from fastrnn.bench import HEADLINE, BenchResult, format_seconds, markdown_table
+from fastrnn.bench import HEADLINE, SETTLE_SECONDS, BenchResult, format_seconds, markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -170,6 +170,14 @@ def report(result: BenchResult | None, suite: Sequence[dict[str, Any]], pictures
             for name, c in result.first_call.items()
             if c
         ]
+        spinning = {
+            r.label for r in result.rows if r.idle_cpu is not None and r.idle_cpu > SETTLE_SECONDS
+        }
+        if spinning:
+            parts.append(
+                f"Busy for more than the {SETTLE_SECONDS:g} s pause after a turn of theirs, and so "
+                f"into the next one's: {', '.join(sorted(spinning))}."
+            )
         parts += ["## Gate", gate.table(gate.judge(result))]
     if suite:
         parts.append("## Ops, steps, generation")

@@ -559,7 +559,7 @@ def _environment(contender: Contender, threads: int | None) -> dict[str, str]:
     if threads is not None:
         for name in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
             env[f"{name}_NUM_THREADS"] = str(threads)
-        env["TF_NUM_INTRAOP_THREADS"] = str(threads)
+        env["FASTRNN_BENCH_CORES"] = str(threads)
     return env | dict(contender.env)
 
 
@@ -1006,7 +1006,8 @@ def run_bench(
         workloads: some of :data:`WORKLOADS`. sizes: some of :data:`SIZES`.
         peers, backends: see :func:`choose_contenders`.
         rounds: every contender's turns. turn_seconds: the length of a turn, about.
-        threads: threads of each contender; None leaves it to the libraries and the environment.
+        threads: threads of each contender, each on a core of its own; None leaves it to the
+            libraries and the environment.
         first_call: measure the JIT's first call too, with an empty and with a filled cache.
         progress: called with a line whenever something starts.
 

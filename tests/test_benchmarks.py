@@ -235,6 +235,15 @@ def test_a_worker_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
         bench.Worker(sleeper, "step", tmp_path / "problem.npz", timeout=2)
 
 
+def test_a_worker_keeps_to_its_cores(peer: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "problem.npz", **bench.make_problem("step", bench.SIZES["tiny"])[0])  # type: ignore[arg-type]
+    worker = bench.Worker(peer("right"), "step", tmp_path / "problem.npz", threads=1)
+    try:
+        assert worker.report["cores"] == 1
+    finally:
+        worker.close()
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown workload 'walk'"):
         bench.run_bench(["walk"])

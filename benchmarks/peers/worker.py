@@ -109,8 +109,16 @@ def machine_rates(problem: dict[str, Any]) -> dict[str, float]:
     return {"flops": rate, "bandwidth": copy_bandwidth(1 << 28)}
 
 
+def keep_to_cores(n: int) -> None:
+    """Restrict this process to ``n`` of its cores: XLA and TensorFlow read no thread variable."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:n])
+
+
 def main() -> None:
     module_name, variant, workload, problem_path = sys.argv[1:5]
+    if "FASTRNN_BENCH_CORES" in os.environ:
+        keep_to_cores(int(os.environ["FASTRNN_BENCH_CORES"]))
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -144,6 +152,7 @@ def main() -> None:
         {
             "versions": {"python": sys.version.split()[0], "numpy": np.__version__, **versions},
             "pools": thread_pools(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "import_seconds": imported - start,
             "build_seconds": built - imported,
             "first_seconds": first - built,
