@@ -108,9 +108,9 @@ def inputs(request: pytest.FixtureRequest) -> Inputs:
     ],
 )
 def test_three_steps_follow_the_oracle(
-    backend: NumbaCudaBackend, shape: Any, carry: bool, fused: bool
+    backend: NumbaCudaBackend, shape: tuple[int, int, int, int], carry: bool, fused: bool
 ) -> None:
-    check_steps(backend, Inputs(*shape, dtype=np.float32), 3, carry, fused)
+    check_steps(backend, Inputs(*shape, np.float32), 3, carry, fused)
 
 
 def test_steps_give_the_same_bits_however_they_are_submitted(backend: NumbaCudaBackend) -> None:

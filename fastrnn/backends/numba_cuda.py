@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -217,7 +218,12 @@ class NumbaCudaBackend(Backend):
             if sys.stderr.isatty():
                 print(f"fastrnn: {message}", file=sys.stderr)
             _log.info(message)
-        kernel.dispatcher[grid, kernel.threads, stream](*args)
+        dispatcher = kernel.dispatcher
+        with warnings.catch_warnings():
+            # Numba advises against grids of few blocks; a row of the batch is a block by design.
+            warnings.filterwarnings("ignore", message="Grid size")
+            launcher = dispatcher[grid, kernel.threads, stream]
+        launcher(*args)
 
     def _map(self, stream: Any, kernel: Any, count: int, *args: Any) -> None:
         """Launch with a thread for each of ``count`` elements."""
@@ -225,7 +231,7 @@ class NumbaCudaBackend(Backend):
 
     def _scratch(self, stream: Any, name: str, size: int, dtype: Any) -> Array:
         """A flat buffer that the ops on ``stream`` share under ``name``; grows, never shrinks."""
-        key = (id(stream) if stream is not self.stream else 0, name, np.dtype(dtype).str)
+        key = (0 if self.simulated else int(stream), name, np.dtype(dtype).str)
         array = self._scratch_arrays.get(key)
         if array is None or array.size < size:
             array = self._cuda.device_array(size, dtype, stream=stream)

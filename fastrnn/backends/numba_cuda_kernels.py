@@ -91,13 +91,15 @@ class Kernel:
 
     Attributes:
         name: as in messages and tables. function: the Python source of the kernel.
-        signature: numba argument types. threads: of a block, and its launch bound.
+        signature: numba argument types. threads: of a block. blocks: that a multiprocessor must
+            have room for; with ``threads`` it bounds the registers.
     """
 
     name: str
     function: Callable[..., None]
     signature: tuple[Any, ...]
     threads: int
+    blocks: int = 1
 
     @functools.cached_property
     def dispatcher(self) -> Any:
@@ -105,7 +107,8 @@ class Kernel:
         file of the kernel alone, not of what the kernel was built with or calls."""
         if SIMULATED:
             return cuda.jit(self.function)
-        options: dict[str, Any] = {"lto": False, "launch_bounds": self.threads}
+        bounds = (self.threads, self.blocks)
+        options: dict[str, Any] = {"lto": False, "launch_bounds": bounds}
         return cuda.jit(types.void(*self.signature), **options)(self.function)
 
 
@@ -551,9 +554,9 @@ def gemm_kernel(dtype: Any, geometry: Geometry, trans_a: bool, trans_b: bool) ->
                     if n < N and k < end:
                         next_b[i] = B[u64(n * K + k if trans_b else k * N + n)]
             if k0 >= begin:
-                for k in range(TK):
-                    row_a = u32(buffer * BUFFER_A + k * WIDE_A + tile_row)
-                    row_b = u32(buffer * BUFFER_B + k * WIDE_B + tile_column)
+                for depth in range(TK):
+                    row_a = u32(buffer * BUFFER_A + depth * WIDE_A + tile_row)
+                    row_b = u32(buffer * BUFFER_B + depth * WIDE_B + tile_column)
                     for i in range(MM):
                         a[i] = tile_a[row_a + i]
                     for j in range(MN):
@@ -588,7 +591,7 @@ def gemm_kernel(dtype: Any, geometry: Geometry, trans_a: bool, trans_b: bool) ->
     vector = _vector(real)
     signature = (vector, vector, vector, vector, vector, I32, I32, I32, I32, I32, I32)
     name = f"gemm_{'t' if trans_a else 'n'}{'t' if trans_b else 'n'}"
-    return Kernel(name, gemm, signature, THREADS)
+    return Kernel(name, gemm, signature, THREADS, blocks=4 if real == types.float32 else 3)
 
 
 @functools.cache

@@ -1,0 +1,367 @@
+"""The ``numba-cuda`` backend without a GPU: simulated, compiled for every architecture, refused.
+
+With a GPU, the tests of ops and steps run on the device like those of every other backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from fastrnn.backend import BackendUnavailableError
+from fastrnn.backends.numba_cuda import Graph, NumbaCudaBackend, load_cuda
+from tests.numba_cuda_gate import Compiled, compile_kernel
+
+ROOT = Path(__file__).parent.parent
+INSTALLED = importlib.util.find_spec("numba_cuda") is not None
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+needs_package = pytest.mark.skipif(
+    not INSTALLED, reason="needs numba-cuda: pip install 'numba-cuda[cu13]'"
+)
+needs_compiler = pytest.mark.skipif(
+    not INSTALLED or SIMULATED,
+    reason="needs numba-cuda with its compiler and linker: pip install 'numba-cuda[cu13]'",
+)
+
+ARCHITECTURES = [
+    pytest.param(arch, dtype, id=f"sm_{arch}-{dtype}")
+    for arch, dtype in [
+        (80, "float32"),
+        (90, "float32"),
+        (100, "float32"),
+        (120, "float32"),
+        (90, "float64"),
+    ]
+]
+
+
+def kernels() -> Any:
+    return importlib.import_module("fastrnn.backends.numba_cuda_kernels")
+
+
+# --- in the simulator ------------------------------------------------------------------------
+
+
+OPTIONS = ("-q", "-rA", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist")
+
+
+@needs_package
+def test_ops_steps_and_generation_in_the_simulator() -> None:
+    """``tests/numba_cuda_simulated.py``, in a process where the simulator is numba's CUDA."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/numba_cuda_simulated.py", *OPTIONS],
+        cwd=ROOT,
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    tail = done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0, tail
+    for expected in (
+        "test_three_steps_follow_the_oracle",
+        "test_generates_the_tokens_of_the_numpy_backend",
+        "test_wrong_twins_are_rejected",
+    ):
+        assert f"::{expected}" in done.stdout, f"{expected} did not run: {tail}"
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+# --- compiled for devices --------------------------------------------------------------------
+
+# Where a kernel may touch double precision at float32: sums, totals, rates, probabilities.
+MAY_USE_DOUBLES = {"mean", "sum_squares", "norm", "set_rates", "sgd", "record", "generate"}
+
+# Bytes of shared memory that a kernel may have without asking; numba cannot ask for more.
+STATIC_SHARED = 48 * 1024
+REGISTERS = 64 * 1024
+
+
+def check(compiled: Compiled, threads: int, dtype: str) -> None:
+    """What every kernel must keep to, whatever it computes."""
+    name, ptx = compiled.name, compiled.ptx
+    assert compiled.spills == 0, f"{name} spills {compiled.spills} bytes"
+    assert compiled.stack == 0, f"{name} has a stack of {compiled.stack} bytes"
+    assert compiled.registers * threads <= REGISTERS, f"{name}: {compiled.registers} registers"
+    assert compiled.shared <= STATIC_SHARED, f"{name}: {compiled.shared} bytes of shared memory"
+    atomics = re.search(r"\b(atom|red)\.(global|shared)", ptx)
+    assert not atomics, f"{name} uses atomics: not the same bits every time"
+    if dtype == "float32" and name not in MAY_USE_DOUBLES:
+        doubles = re.search(r"\.f64", ptx)
+        assert not doubles, f"{name} computes in double precision"
+
+
+def vector_loads(ptx: str) -> int:
+    return len(re.findall(r"ld\.shared\.v4\.[bf]32", ptx))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("arch", "dtype"), ARCHITECTURES)
+def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -> None:
+    module = kernels()
+    table = {}
+    for kernel in module.all_kernels(np.dtype(dtype), module.Geometry()):
+        compiled = compile_kernel(kernel, arch)
+        check(compiled, kernel.threads * kernel.blocks, dtype)
+        table[kernel.name] = compiled
+    if dtype == "float32":
+        for name in ("recurrence_256", "recurrence_backward_256"):
+            # 96 words of W_hh a thread live in registers, and the state is read four at a time.
+            assert 97 <= table[name].registers <= 128
+            assert vector_loads(table[name].ptx) >= 4
+            assert table[name].ptx.count("fma.rn.f32") >= 128
+        for name in ("gemm_nn", "gemm_nt", "gemm_tn"):
+            assert table[name].registers <= 128  # room for four blocks
+            assert vector_loads(table[name].ptx) >= 3
+            assert table[name].ptx.count("fma.rn.f32") % 32 == 0
+
+
+def wrong(name: str) -> Any:
+    """A kernel that the gate must reject."""
+    module, cuda = kernels(), importlib.import_module("numba").cuda
+    types, thread = module.types, np.uint32
+    if name == "local memory":
+
+        def kernel(x: Any, n: Any) -> None:
+            w = cuda.local.array(64, dtype=types.float32)
+            for i in range(n):
+                w[i % 64] = x[i]
+            x[0] = w[n % 64]
+
+    elif name == "double precision":
+
+        def kernel(x: Any, n: Any) -> None:
+            x[thread(cuda.threadIdx.x)] *= 0.1
+
+    elif name == "atomics":
+
+        def kernel(x: Any, n: Any) -> None:
+            cuda.atomic.add(x, 0, x[thread(cuda.threadIdx.x)])
+
+    else:
+
+        def kernel(x: Any, n: Any) -> None:
+            tile = cuda.shared.array(20_000, dtype=types.float32)
+            tile[thread(cuda.threadIdx.x)] = x[n]
+            cuda.syncthreads()
+            x[0] = tile[n]
+
+    return module.Kernel(name, kernel, (module._vector(types.float32), types.int32), 256)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("local memory", "stack"),
+        ("double precision", "double precision"),
+        ("atomics", "atomics"),
+    ],
+)
+def test_the_gate_rejects(name: str, complaint: str) -> None:
+    kernel = wrong(name)
+    with pytest.raises(AssertionError, match=complaint):
+        check(compile_kernel(kernel, 90), kernel.threads, "float32")
+
+
+@needs_compiler
+def test_the_gate_rejects_too_much_shared_memory() -> None:
+    linker = importlib.import_module("cuda.bindings.nvjitlink")
+    with pytest.raises(linker.nvJitLinkError):
+        compile_kernel(wrong("shared memory"), 90)
+
+
+@needs_compiler
+def test_more_of_W_in_registers_would_spill() -> None:
+    """The share of W_hh that stays in registers is the largest that fits."""
+    module = kernels()
+    greedy = replace(module.Geometry(), resident_bytes=module.Geometry().resident_bytes + 64)
+    kernel = module.recurrence_kernel(np.dtype(np.float32), greedy, 8)
+    with pytest.raises(AssertionError, match="recurrence_256 spills"):
+        check(compile_kernel(kernel, 90), kernel.threads, "float32")
+
+
+# --- refused, with a reason ------------------------------------------------------------------
+
+
+def pretended_cuda(file: str | None, available: bool, reason: str = "") -> ModuleType:
+    module = ModuleType("numba.cuda")
+    module.__file__ = file
+    module.__dict__.update(is_available=lambda: available, cuda_error=lambda: reason)
+    return module
+
+
+def test_the_old_built_in_module_is_refused() -> None:
+    cuda = pretended_cuda("/site-packages/numba/cuda/__init__.py", True)
+    with (
+        mock.patch.dict(sys.modules, {"numba.cuda": cuda}),
+        pytest.raises(BackendUnavailableError, match=r"built-in module answers.*pip install"),
+    ):
+        load_cuda()
+
+
+def test_a_missing_driver_is_named() -> None:
+    cuda = pretended_cuda(
+        "/site-packages/numba_cuda/numba/cuda/__init__.py", False, "libcuda.so:\ncannot open"
+    )
+    with (
+        mock.patch.dict(sys.modules, {"numba.cuda": cuda}),
+        pytest.raises(BackendUnavailableError, match=r"driver: libcuda.so: cannot open"),
+    ):
+        NumbaCudaBackend()
+
+
+def test_a_missing_package_is_named() -> None:
+    with (
+        mock.patch.dict(sys.modules, {"numba.cuda": None}),
+        pytest.raises(BackendUnavailableError, match=r"needs the numba-cuda package.*pip install"),
+    ):
+        load_cuda()
+
+
+# --- arrays and streams of others ------------------------------------------------------------
+
+
+def unopened() -> NumbaCudaBackend:
+    """A backend without a device, for what does not launch."""
+    backend = NumbaCudaBackend.__new__(NumbaCudaBackend)
+    backend.stream = SimpleNamespace(name="own")
+    return backend
+
+
+class Wrapped(SimpleNamespace):
+    def bind(self, stream: Any) -> Wrapped:
+        return Wrapped(**{**vars(self), "stream": stream})
+
+
+def test_a_foreign_array_is_wrapped_without_waiting_and_brings_its_stream() -> None:
+    backend, calls = unopened(), []
+
+    def as_cuda_array(array: Any, sync: bool) -> Any:
+        calls.append((array, sync))
+        return Wrapped(stream="the exporter's")
+
+    backend._cuda = SimpleNamespace(as_cuda_array=as_cuda_array)
+    array = SimpleNamespace(__cuda_array_interface__={"version": 3})
+    wrapped = backend.wrap(array)
+    assert calls == [(array, False)]
+    assert backend._stream(wrapped) == "the exporter's"
+
+
+def test_a_torch_tensor_brings_torchs_current_stream() -> None:
+    class Tensor:
+        __module__ = "torch"
+        __cuda_array_interface__: dict[str, Any] = {"version": 2}  # noqa: RUF012
+        device = "cuda:0"
+
+    def current_stream(device: str) -> Any:
+        assert device == "cuda:0"
+        return SimpleNamespace(cuda_stream=1234)
+
+    backend = unopened()
+    backend._cuda = SimpleNamespace(
+        as_cuda_array=lambda array, sync: Wrapped(stream=0),
+        external_stream=lambda handle: f"stream {handle}",
+    )
+    torch = SimpleNamespace(cuda=SimpleNamespace(current_stream=current_stream))
+    with mock.patch.dict(sys.modules, {"torch": torch}):
+        assert backend._stream(backend.wrap(Tensor())) == "stream 1234"
+
+
+def test_an_array_made_here_is_not_wrapped_again() -> None:
+    backend = unopened()
+    own = SimpleNamespace(__cuda_ndarray__=True, stream=0)
+    assert backend.wrap(own) is own
+    assert backend._stream(own) is backend.stream
+
+
+# --- the captured step -----------------------------------------------------------------------
+
+
+class PretendedDriver:
+    """Records calls; fails the one named."""
+
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread local")
+    RESULTS = {"cuStreamEndCapture": ("graph",), "cuGraphInstantiate": ("executable",)}  # noqa: RUF012
+
+    def __init__(self, fails: str = "") -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.fails = fails
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *args))
+            return (700 if name == self.fails else 0, *self.RESULTS.get(name, ()))
+
+        return call
+
+
+def test_a_step_is_captured_once_and_launched_often() -> None:
+    driver = PretendedDriver()
+    graph = Graph(9, driver)
+    with graph.capture():
+        driver.calls.append(("kernels",))
+    graph.launch()
+    graph.launch()
+    graph.close()
+    graph.close()
+    assert driver.calls == [
+        ("cuStreamBeginCapture", 9, "thread local"),
+        ("kernels",),
+        ("cuStreamEndCapture", 9),
+        ("cuGraphInstantiate", "graph", 0),
+        ("cuGraphDestroy", "graph"),
+        ("cuGraphLaunch", "executable", 9),
+        ("cuGraphLaunch", "executable", 9),
+        ("cuGraphExecDestroy", "executable"),
+    ]
+
+
+def test_a_failed_call_of_the_driver_is_an_error() -> None:
+    driver = PretendedDriver(fails="cuGraphInstantiate")
+    with (
+        pytest.raises(RuntimeError, match="cuGraphInstantiate failed: 700"),
+        Graph(9, driver).capture(),
+    ):
+        pass
+
+
+def test_an_error_while_capturing_leaves_the_stream_usable() -> None:
+    driver = PretendedDriver()
+    with pytest.raises(ZeroDivisionError), Graph(9, driver).capture():
+        raise ZeroDivisionError
+    assert driver.calls[-1] == ("cuStreamEndCapture", 9)
+
+
+@needs_compiler
+def test_the_driver_takes_every_call_of_a_graph() -> None:
+    """Arguments of the right types get as far as the driver library, or its complaint."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    calls: list[tuple[Any, ...]] = [
+        (driver.cuStreamBeginCapture, 0, mode),
+        (driver.cuStreamEndCapture, 0),
+        (driver.cuGraphInstantiate, driver.CUgraph(0), 0),
+        (driver.cuGraphLaunch, driver.CUgraphExec(0), 0),
+        (driver.cuGraphDestroy, driver.CUgraph(0)),
+        (driver.cuGraphExecDestroy, driver.CUgraphExec(0)),
+    ]
+    for function, *args in calls:
+        try:
+            status, *_ = function(*args)
+        except RuntimeError:
+            continue  # no driver library on this machine
+        assert int(status) != 0, f"{function.__name__} took a handle that is none"
