@@ -28,8 +28,8 @@ KERNEL_FLAGS = (*BASE_FLAGS, "-fno-optimize-sibling-calls")
 WARNING_FLAGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused", "-Wno-sign-compare")
 SANITIZER_FLAGS: dict[Sanitizer | None, tuple[str, ...]] = {
     None: (),
-    # AddressSanitizer leaves thread-local variables alone, which is what __shared__ arrays are here:
-    # indices into arrays of known size are checked by the bounds sanitizer instead.
+    # AddressSanitizer leaves thread-local variables alone, which is what __shared__ arrays are
+    # here: indices into arrays of known size are checked by the bounds sanitizer instead.
     "address": (
         "-fsanitize=address,bounds-strict,alignment",
         "-fno-sanitize-recover=all",
@@ -293,6 +293,8 @@ def name_lines(text: str) -> str:
             short = f"{Path(name).name}:{line}"
             if short not in places:
                 places.append(short)
-        return "at " + ", called at ".join(places) if places else f"<{Path(module).name}+0x{offset}>"
+        if not places:
+            return f"<{Path(module).name}+0x{offset}>"
+        return "at " + ", called at ".join(places)
 
     return _CODE.sub(lambda match: lines(match[1], match[2]), text)

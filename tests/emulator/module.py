@@ -144,7 +144,9 @@ class Geometry:
         if threads > limit:
             raise ValueError(f"{name}: a block of {threads} threads, at most {limit} are allowed")
         if entry.cluster and cluster not in (None, 1, entry.cluster):
-            raise ValueError(f"{name}: cluster={cluster}, but __cluster_dims__ says {entry.cluster}")
+            raise ValueError(
+                f"{name}: cluster={cluster}, but __cluster_dims__ says {entry.cluster}"
+            )
         size = entry.cluster or cluster or 1
         if not 1 <= size <= MAX_CLUSTER or grid3[0] % size:
             raise ValueError(f"{name}: clusters of {size} do not divide a grid of {grid3}")
