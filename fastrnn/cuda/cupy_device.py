@@ -197,7 +197,7 @@ class CupyDevice(Device):
             return function
 
     def active_clusters(self, kernel: Kernel) -> int:
-        if self.arch.capability < max(90, kernel.min_capability):
+        if self.arch.capability < 90 or not kernel.runs_on(self.arch.capability):
             return 0
         function = self._functions.get(kernel) or self._compile(kernel)
         try:
