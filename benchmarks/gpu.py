@@ -12,6 +12,7 @@ orchestration, its times mean nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -176,10 +177,8 @@ def run_part(part: Part, emulate: bool, limit: float) -> dict[str, Any]:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a part and everything it started."""
     if process.poll() is None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
-        except ProcessLookupError:
-            pass
     process.wait()
 
 
