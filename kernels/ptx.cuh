@@ -84,6 +84,18 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
 #endif
 }
 
+// d[16,8] += a[16,4] b[4,8] in TF32: a = {A[g,q], A[g+8,q]}, b = {B[q,g]}, d as above.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+#ifdef CUDA_ON_CPU
+    emulator::mma_m16n8k4_tf32(d, a, b);
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+#endif
+}
+
 // d[16,8] += a[16,16] b[16,8] in bfloat16. a = {A[g,2q..], A[g+8,2q..], A[g,2q+8..], A[g+8,2q+8..]} in pairs along k,
 // b = {B[2q..,g], B[2q+8..,g]}, d as above.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -115,6 +127,82 @@ __device__ __forceinline__ shared_address shared_address_of(const void* p) {
     return static_cast<shared_address>(__cvta_generic_to_shared(p));
 #endif
 }
+
+// ------------------------------------------------------------------------------------- 8x8 matrices of 16-bit elements
+// Lane i brings the shared address of row i%8 of matrix i/8 (16 bytes, aligned to 16) and holds of every matrix M the pair
+// M[i/4, 2(i%4)], M[i/4, 2(i%4)+1]; transposed: M[2(i%4), i/4], M[2(i%4)+1, i/4]. Four TF32 are a row as well, not transposed:
+// lane i holds M[i/4, i%4], which is how mma_tf32 takes a and b.
+#if PTX_ARCH >= 750
+
+template <int n, bool transposed = false>
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[n], const void* row) {
+    static_assert(n == 1 || n == 2 || n == 4, "one, two or four matrices");
+#ifdef CUDA_ON_CPU
+    emulator::load_matrices<n, transposed>(d, row);
+#else
+    const uint32_t at = shared_address_of(row);
+    if constexpr (n == 1 && !transposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(d[0]) : "r"(at) : "memory");
+    } else if constexpr (n == 1) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(d[0]) : "r"(at) : "memory");
+    } else if constexpr (n == 2 && !transposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(d[0]), "=r"(d[1]) : "r"(at) : "memory");
+    } else if constexpr (n == 2) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(d[0]), "=r"(d[1]) : "r"(at) : "memory");
+    } else if constexpr (!transposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(at) : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(at) : "memory");
+    }
+#endif
+}
+
+// The transposed matrix, from register to register.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t s) {
+#ifdef CUDA_ON_CPU
+    return emulator::transpose_matrix(s);
+#else
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(s));
+    return d;
+#endif
+}
+
+#endif  // PTX_ARCH >= 750
+#if PTX_ARCH >= 900
+
+template <int n, bool transposed = false>
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&s)[n]) {
+    static_assert(n == 1 || n == 2 || n == 4, "one, two or four matrices");
+#ifdef CUDA_ON_CPU
+    emulator::store_matrices<n, transposed>(row, s);
+#else
+    const uint32_t at = shared_address_of(row);
+    if constexpr (n == 1 && !transposed) {
+        asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" :: "r"(at), "r"(s[0]) : "memory");
+    } else if constexpr (n == 1) {
+        asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" :: "r"(at), "r"(s[0]) : "memory");
+    } else if constexpr (n == 2 && !transposed) {
+        asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};"
+                     :: "r"(at), "r"(s[0]), "r"(s[1]) : "memory");
+    } else if constexpr (n == 2) {
+        asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};"
+                     :: "r"(at), "r"(s[0]), "r"(s[1]) : "memory");
+    } else if constexpr (!transposed) {
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                     :: "r"(at), "r"(s[0]), "r"(s[1]), "r"(s[2]), "r"(s[3]) : "memory");
+    } else {
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+                     :: "r"(at), "r"(s[0]), "r"(s[1]), "r"(s[2]), "r"(s[3]) : "memory");
+    }
+#endif
+}
+
+#endif  // PTX_ARCH >= 900
 
 // ------------------------------------------------------------------------------------------------------ copies
 // Global to shared, asynchronous from sm_80 on; before that a plain copy. Bytes past `valid` become zero.
@@ -304,6 +392,7 @@ __device__ __forceinline__ shared_address cluster_map(shared_address address, ui
 
 __device__ __forceinline__ float load_cluster(shared_address address) {
 #ifdef CUDA_ON_CPU
+    emulator::cluster_access(reinterpret_cast<const void*>(address), 4);
     return *reinterpret_cast<const float*>(address);
 #else
     float v;
@@ -314,6 +403,7 @@ __device__ __forceinline__ float load_cluster(shared_address address) {
 
 __device__ __forceinline__ void store_cluster(shared_address address, float v) {
 #ifdef CUDA_ON_CPU
+    emulator::cluster_access(reinterpret_cast<const void*>(address), 4);
     *reinterpret_cast<float*>(address) = v;
 #else
     asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
@@ -397,6 +487,25 @@ __device__ __forceinline__ void st_async(shared_address address, float4 v, share
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
                  :: "r"(address), "r"(__float_as_uint(v.x)), "r"(__float_as_uint(v.y)), "r"(__float_as_uint(v.z)),
                     "r"(__float_as_uint(v.w)), "r"(barrier) : "memory");
+#endif
+}
+
+// Copies `bytes` from global to shared memory of this block, size and addresses multiples of 16: one thread asks, and the
+// mbarrier, told to expect them, counts the bytes when they have arrived.
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+#ifdef CUDA_ON_CPU
+    emulator::bulk_copy(shared, global, bytes, barrier);
+#else
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address_of(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes),
+                    "r"(shared_address_of(barrier)) : "memory");
+#endif
+}
+
+// Orders what the calling thread wrote to shared memory before bulk copies that overwrite it.
+__device__ __forceinline__ void bulk_copy_fence() {
+#ifndef CUDA_ON_CPU
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
