@@ -82,6 +82,9 @@ class EmulatedDevice(Device):
     def sync(self) -> None:
         assert self._recording is None, "the host waits while a graph is captured"
 
+    def describe(self) -> dict[str, Any]:
+        return {"device": "emulator", "compute capability": f"{self.arch.capability / 10}"}
+
     # --- work ---
 
     def launch(self, kernel: Kernel, grid: int | tuple[int, ...], args: Sequence[Any]) -> None:

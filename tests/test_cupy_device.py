@@ -94,7 +94,7 @@ class FakeCupy(ModuleType):
             getDeviceCount=failures.get("count", lambda: 1),
             driverGetVersion=failures.get("driver", lambda: 13000),
             runtimeGetVersion=lambda: 13000,
-            streamCaptureModeThreadLocal=1,
+            streamCaptureModeRelaxed=1,
             getDevice=lambda: 0,
         )
         device = SimpleNamespace(

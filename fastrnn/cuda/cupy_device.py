@@ -247,7 +247,7 @@ class CupyDevice(Device):
         # The legacy default stream cannot be captured: record on a stream of our own.
         stream = self._side_stream("capture")
         with stream:
-            stream.begin_capture(self._cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            stream.begin_capture(self._cupy.cuda.runtime.streamCaptureModeRelaxed)
             try:
                 submit()
             except BaseException:

@@ -115,6 +115,10 @@ class Device(ABC):
         """Wait until all submitted work is done."""
 
     @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What it is, and what compiles and drives it: what a benchmark has to record."""
+
+    @abstractmethod
     def launch(self, kernel: Kernel, grid: int | tuple[int, ...], args: Sequence[Any]) -> None:
         """Submit ``grid`` blocks of ``kernel``.
 
