@@ -86,7 +86,7 @@ class EmulatedDevice(Device):
 
     def launch(self, kernel: Kernel, grid: int | tuple[int, ...], args: Sequence[Any]) -> None:
         capability, limit = self.arch.capability, self.arch.shared_bytes
-        assert capability >= kernel.min_capability, f"{kernel.name} cannot run on sm_{capability}"
+        assert kernel.runs_on(capability), f"{kernel.name} cannot run on sm_{capability}"
         assert kernel.cluster == 1 or capability >= 90, f"{kernel.name}: no clusters before sm_90"
         source = self.sources.get(kernel.file, KERNELS / f"{kernel.file}.cu")
         module = self._emulator.module(source, dict(kernel.defines))
@@ -112,7 +112,7 @@ class EmulatedDevice(Device):
         )
 
     def active_clusters(self, kernel: Kernel) -> int:
-        if self.arch.capability < max(90, kernel.min_capability):
+        if self.arch.capability < 90 or not kernel.runs_on(self.arch.capability):
             return 0
         return self.arch.multiprocessors // kernel.cluster
 

@@ -57,6 +57,7 @@ class Kernel:
         cluster: blocks of a cluster, what the kernel's ``__cluster_dims__`` says; 1 for none.
         blocks: that a multiprocessor must have room for, as in ``__launch_bounds__``.
         min_capability: the first compute capability that can run it.
+        without: compute capabilities from there on that cannot, or that never need it.
         opcodes: SASS mnemonics that its machine code must contain.
     """
 
@@ -68,7 +69,12 @@ class Kernel:
     cluster: int = 1
     blocks: int = 1
     min_capability: int = 75
+    without: tuple[int, ...] = ()
     opcodes: tuple[str, ...] = ()
+
+    def runs_on(self, capability: int) -> bool:
+        """Whether a launcher may choose it for this compute capability."""
+        return capability >= self.min_capability and capability not in self.without
 
 
 class Graph(ABC):
@@ -150,3 +156,13 @@ def real(dtype: Any) -> str:
 def ceil_div(a: int, b: int) -> int:
     """``a / b`` rounded up."""
     return -(-a // b)
+
+
+def aligned(array: Array, count: int) -> bool:
+    """Whether the start of the array is a multiple of ``count`` bytes."""
+    return address(array) % count == 0
+
+
+def address(array: Array) -> int:
+    """Where a device array starts."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
