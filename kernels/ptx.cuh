@@ -283,8 +283,7 @@ __device__ __forceinline__ void spin_pause() {
 #endif
 }
 
-// threadIdx.x and blockIdx.x, read anew at every call: what is computed from them is not kept in registers through the loops
-// in between.
+// threadIdx.x, read anew at every call: what is computed from it is not kept in registers through the loops in between.
 __device__ __forceinline__ int thread_index() {
 #ifdef CUDA_ON_CPU
     return static_cast<int>(threadIdx.x);
@@ -292,16 +291,6 @@ __device__ __forceinline__ int thread_index() {
     int t;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
     return t;
-#endif
-}
-
-__device__ __forceinline__ uint32_t block_index() {
-#ifdef CUDA_ON_CPU
-    return blockIdx.x;
-#else
-    uint32_t b;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
-    return b;
 #endif
 }
 
