@@ -96,6 +96,19 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[2], 
 #endif
 }
 
+// d = a b, the layouts as in mma_tf32.
+__device__ __forceinline__ void mma_tf32_from_zero(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef CUDA_ON_CPU
+    d[0] = d[1] = d[2] = d[3] = 0.0f;
+    emulator::mma_m16n8k8_tf32(d, a, b);
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+#endif
+}
+
 // d[16,8] += a[16,16] b[16,8] in bfloat16. a = {A[g,2q..], A[g+8,2q..], A[g,2q+8..], A[g+8,2q+8..]} in pairs along k,
 // b = {B[2q..,g], B[2q+8..,g]}, d as above.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -214,7 +227,23 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared_address_of(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid) : "memory");
 #else
-    for (int i = 0; i < 4; ++i)
+    if (valid == 16) {
+        *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+    } else {
+        for (int i = 0; i < 4; ++i)
+            static_cast<uint32_t*>(shared)[i] = 4 * i < valid ? static_cast<const uint32_t*>(global)[i] : 0u;
+    }
+#endif
+}
+
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int valid = 8) {
+#ifdef CUDA_ON_CPU
+    emulator::async_copy(shared, global, 8, valid);
+#elif PTX_ARCH >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+                 :: "r"(shared_address_of(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid) : "memory");
+#else
+    for (int i = 0; i < 2; ++i)
         static_cast<uint32_t*>(shared)[i] = 4 * i < valid ? static_cast<const uint32_t*>(global)[i] : 0u;
 #endif
 }
@@ -278,6 +307,22 @@ __device__ __forceinline__ void add_release(uint32_t* p, uint32_t v) {
 #endif
 }
 
+// p = p < limit ? p + 1 : 0, and what it was.
+__device__ __forceinline__ uint32_t increment_acq_rel(uint32_t* p, uint32_t limit) {
+#ifdef CUDA_ON_CPU
+    uint32_t old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(p, &old, old < limit ? old + 1 : 0u, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
+    return old;
+#elif PTX_ARCH >= 700
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(old) : "l"(__cvta_generic_to_global(p)), "r"(limit) : "memory");
+    return old;
+#else
+    return 0;
+#endif
+}
+
 // Data that is its own flag: loads and stores that go to L2, whole or not at all, in no order with others.
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
 #ifdef CUDA_ON_CPU
@@ -303,6 +348,17 @@ __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t v) {
 __device__ __forceinline__ void spin_pause() {
 #ifdef CUDA_ON_CPU
     emulator::spin();
+#endif
+}
+
+// threadIdx.x, read anew at every call: what is computed from it is not kept in registers through the loops in between.
+__device__ __forceinline__ int thread_index() {
+#ifdef CUDA_ON_CPU
+    return static_cast<int>(threadIdx.x);
+#else
+    int t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return t;
 #endif
 }
 
