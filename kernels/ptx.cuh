@@ -190,6 +190,23 @@ __device__ __forceinline__ void add_release(uint32_t* p, uint32_t v) {
 #endif
 }
 
+// *p + 1, or 0 after `limit`; returns what was there. Releases what the thread wrote and knows of, acquires what others did.
+__device__ __forceinline__ uint32_t count_up(uint32_t* p, uint32_t limit) {
+#ifdef CUDA_ON_CPU
+    __threadfence();
+    const uint32_t old = atomicInc(p, limit);
+    __threadfence();
+    return old;
+#elif PTX_ARCH >= 700
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(old) : "l"(__cvta_generic_to_global(p)), "r"(limit) : "memory");
+    return old;
+#else
+    return 0;
+#endif
+}
+
 // Data that is its own flag: loads and stores that go to L2, whole or not at all, in no order with others.
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
 #ifdef CUDA_ON_CPU

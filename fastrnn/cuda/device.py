@@ -150,3 +150,13 @@ def real(dtype: Any) -> str:
 def ceil_div(a: int, b: int) -> int:
     """``a / b`` rounded up."""
     return -(-a // b)
+
+
+def aligned(array: Array, count: int) -> bool:
+    """Whether the start of the array is a multiple of ``count`` bytes."""
+    return address(array) % count == 0
+
+
+def address(array: Array) -> int:
+    """Where a device array starts."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
