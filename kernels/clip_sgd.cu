@@ -20,7 +20,7 @@ struct Arrays {
     int count;
 };
 
-constexpr int THREADS = 256, BLOCKS = 4, WARPS = THREADS / 32;
+constexpr int THREADS = 256, BLOCKS = 3, WARPS = THREADS / 32;
 constexpr int VALUES = 64 / sizeof(REAL), VECTORS = VALUES / WIDTH, CHUNK = THREADS * VALUES;   // 16 KB
 
 // The array that chunk c belongs to, looked for from array a on.

@@ -80,21 +80,13 @@ __device__ __forceinline__ void load_row(REAL (&x)[VECTORS][WIDTH], int left, Lo
             if (u * STRIDE + i >= left) x[u][i] = -INFINITE_REAL;
 }
 
-// The largest of `maximum` and the thread's logits. Its logit at the target, if it has it, goes to at_target.
-__device__ __forceinline__ REAL scan_row(const REAL (&x)[VECTORS][WIDTH], int hit, REAL maximum, REAL& at_target) {
+// The largest of `maximum` and the thread's logits.
+__device__ __forceinline__ REAL largest(const REAL (&x)[VECTORS][WIDTH], REAL maximum) {
 #pragma unroll
-    for (int u = 0; u < VECTORS; ++u) {
+    for (int u = 0; u < VECTORS; ++u)
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) {
-            maximum = larger(maximum, x[u][i]);
-            if (u * STRIDE + i == hit) at_target = x[u][i];
-        }
-    }
+        for (int i = 0; i < WIDTH; ++i) maximum = larger(maximum, x[u][i]);
     return maximum;
-}
-
-__device__ __forceinline__ bool has_target(int hit) {
-    return static_cast<unsigned>(hit) < SLICE && (hit & (STRIDE - 1)) < WIDTH;
 }
 
 // dlogits from the exponentials x; zeros in the padding.
@@ -141,16 +133,15 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
     int row = THREADS == ROW_THREADS ? blockIdx.x : blockIdx.x * (THREADS / ROW_THREADS) + threadIdx.x / ROW_THREADS;
 #endif
     const int base = first + static_cast<int>(threadIdx.x) % ROW_THREADS * WIDTH, left = V - base, room = ld - base;
-    if (cursor) y += static_cast<size_t>(cursor[0]) * rows;
+    const size_t due = cursor ? cursor[0] : 0;
 
     for (int half = 0; row < rows; row += step, half ^= 1) {
-        const int hit = y[row] - base;
         const size_t at = static_cast<size_t>(row) * ld + base;
         const REAL* in = logits + at;
         REAL x[VECTORS][WIDTH];
         load_row(x, left, [in](REAL(&v)[WIDTH], int column) { load_once(v, in + column); });   // logits[r,v..]
-        REAL at_target = REAL(0);
-        REAL maximum = warp_max(scan_row(x, hit, -INFINITE_REAL, at_target));
+        const int target = y[due * rows + row];   // first used below: waits for the cursor, the logits do not
+        REAL maximum = warp_max(largest(x, -INFINITE_REAL));
         const REAL own = maximum;
         REAL sum = REAL(0);
 #pragma unroll
@@ -164,6 +155,9 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
             }
         }
         sum = warp_sum(sum);
+        const int hit = target - base;
+        const bool has_target = static_cast<unsigned>(hit) < SLICE && (hit & (STRIDE - 1)) < WIDTH;
+        const REAL at_target = has_target ? in[hit] : REAL(0);   // again, before this thread overwrites it
 #if CLUSTER > 1
         if (!all_run) cluster_wait();
         all_run = true;
@@ -182,7 +176,7 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
         REAL* out = dlogits + at;
         store_row(x, rescale(own, maximum) * inverse_rows / sum, inverse_rows, left, room, hit,
                   [out](int column, REAL(&v)[WIDTH]) { store_once(out + column, v); });   // dlogits[r,v..]
-        if (has_target(hit)) losses[row] = logarithm(sum) + (maximum - at_target);
+        if (has_target) losses[row] = logarithm(sum) + (maximum - at_target);
     }
 #if CLUSTER > 1
     if (!all_run) cluster_wait();   // a cluster without a row
@@ -207,15 +201,14 @@ cross_entropy_long_kernel(const REAL* logits, const int* __restrict__ y, const i
     for (int row = blockIdx.x, half = 0; row < rows; row += gridDim.x, half ^= 1) {
         const size_t start = static_cast<size_t>(row) * ld;
         const int target = y[row];
-        REAL maximum = -INFINITE_REAL, sum = REAL(0), at_target = REAL(0);
-        bool found = false;
+        const REAL at_target = logits[start + target];   // before the barrier below; overwritten after it
+        REAL maximum = -INFINITE_REAL, sum = REAL(0);
         for (int base = offset; base < V; base += SLICE) {
             const REAL* in = logits + start + base;
             REAL x[VECTORS][WIDTH];
             load_row(x, V - base, [in](REAL(&v)[WIDTH], int column) { load(v, in + column); });   // logits[r,v..]
             const REAL before = maximum;
-            maximum = scan_row(x, target - base, maximum, at_target);
-            found = found || has_target(target - base);
+            maximum = largest(x, maximum);
             sum *= rescale(before, maximum);
 #pragma unroll
             for (int u = 0; u < VECTORS; ++u)
@@ -241,7 +234,7 @@ cross_entropy_long_kernel(const REAL* logits, const int* __restrict__ y, const i
             store_row(x, inverse_rows / sum, inverse_rows, V - base, ld - base, target - base,
                       [out](int column, REAL(&v)[WIDTH]) { store_once(out + column, v); });   // dlogits[r,v..]
         }
-        if (found) losses[row] = logarithm(sum) + (maximum - at_target);
+        if (threadIdx.x == 0) losses[row] = logarithm(sum) + (maximum - at_target);
     }
     mean_of_losses(losses, loss, counter, rows);
 }

@@ -5,7 +5,7 @@
 #include "vector.cuh"
 
 // ---------------------------------------------------------------------------------------------------------- sort
-// order [T*B]: the rows, by token and then ascending; bounds [V+1]: the rows of token v are order[bounds[v] .. bounds[v+1]).
+// order [T*B]: (row, token), by token and then by row; bounds [V+1]: token v is at order[bounds[v] .. bounds[v+1]).
 // Least significant digit first, 8 bits a pass: count the digits, scan the counts, place the rows; each step keeps the
 // order of equal digits. A warp owns consecutive rows and takes 32 at a time, so (warp, turn, lane) is the row's order.
 constexpr int SORT_THREADS = 256, SORT_WARPS = SORT_THREADS / 32, DIGIT_BITS = 8, DIGITS = 1 << DIGIT_BITS;
@@ -92,7 +92,7 @@ __device__ __forceinline__ int lower_bound(int count, int v, Value value) {
 constexpr int SORT_ROWS = 4096;
 
 extern "C" __global__ void __launch_bounds__(SORT_THREADS)
-sort_kernel(const int* __restrict__ x, const int* __restrict__ cursor, int* __restrict__ order, int* __restrict__ bounds,
+sort_kernel(const int* __restrict__ x, const int* __restrict__ cursor, int2* __restrict__ order, int* __restrict__ bounds,
             int rows, int V, int passes, int parts) {
     __shared__ int token[SORT_ROWS];
     __shared__ uint16_t sorted[2][SORT_ROWS];   // rows in the order of the digits so far
@@ -124,10 +124,23 @@ sort_kernel(const int* __restrict__ x, const int* __restrict__ cursor, int* __re
     }
     const uint16_t* in_order = sorted[passes & 1];
     if (part == 0)
-        for (int i = tid; i < rows; i += SORT_THREADS) order[static_cast<size_t>(step) * rows + i] = in_order[i];
+        for (int i = tid; i < rows; i += SORT_THREADS)
+            order[static_cast<size_t>(step) * rows + i] = make_int2(in_order[i], token[in_order[i]]);
     bounds += static_cast<size_t>(step) * (V + 1);
     for (int v = part * SORT_THREADS + tid; v <= V; v += parts * SORT_THREADS)
         bounds[v] = lower_bound(rows, v, [&](int i) { return token[in_order[i]]; });
+}
+
+// The rows of a tile, before the first pass (as they come) and after it.
+struct Source {
+    const int* x;
+    const int2* from;
+    __device__ __forceinline__ int2 operator()(int i) const { return from ? from[i] : make_int2(i, x[i]); }
+};
+
+__device__ __forceinline__ Source source_of(const int* x, const int* cursor, const int2* from, int step, int rows) {
+    const size_t row = static_cast<size_t>(step) * rows;
+    return {x + (cursor ? static_cast<size_t>(cursor[0]) * rows : row), from ? from + row : nullptr};
 }
 
 // counts[n,g,d]: rows of digit d in tile g of the order so far (`from`; null: as they come). For larger T*B.
@@ -135,19 +148,15 @@ sort_kernel(const int* __restrict__ x, const int* __restrict__ cursor, int* __re
 // A block owns a tile of consecutive rows, SORT_THREADS at a time.
 // Tiles of at least 2048 rows, at most 256 of them: what a block reads in the next kernel stays small.
 extern "C" __global__ void __launch_bounds__(SORT_THREADS)
-sort_count_kernel(const int* __restrict__ x, const int* __restrict__ cursor, const int* __restrict__ from,
+sort_count_kernel(const int* __restrict__ x, const int* __restrict__ cursor, const int2* __restrict__ from,
                   int* __restrict__ counts, int rows, int tile, int tiles, int shift) {
     __shared__ int count[DIGITS];
-    const int tid = threadIdx.x, step = blockIdx.x / tiles, g = blockIdx.x - step * tiles;
-    x += static_cast<size_t>(cursor ? cursor[0] : step) * rows;
-    if (from) from += static_cast<size_t>(step) * rows;
+    const int tid = threadIdx.x, step = blockIdx.x / tiles, start = (blockIdx.x - step * tiles) * tile;
+    const Source source = source_of(x, cursor, from, step, rows);
     count[tid] = 0;
     __syncthreads();
-    const int last = min(rows - g * tile, tile);
-    for (int i = tid; i < last; i += SORT_THREADS) {
-        const int n = from ? from[g * tile + i] : g * tile + i;
-        atomicAdd(&count[x[n] >> shift & DIGITS - 1], 1);
-    }
+    const int last = min(rows, start + tile);
+    for (int i = start + tid; i < last; i += SORT_THREADS) atomicAdd(&count[source(i).y >> shift & DIGITS - 1], 1);
     __syncthreads();
     counts[static_cast<size_t>(blockIdx.x) * DIGITS + tid] = count[tid];   // counts[n,g,d]
 }
@@ -157,19 +166,16 @@ sort_count_kernel(const int* __restrict__ x, const int* __restrict__ cursor, con
 // A block owns a tile, a thread also the column of one digit in counts: it sums up who comes before the tile's rows.
 // Every block scans all counts itself (L2 reads) instead of waiting for a third kernel to do so.
 extern "C" __global__ void __launch_bounds__(SORT_THREADS)
-sort_place_kernel(const int* __restrict__ x, const int* __restrict__ cursor, const int* __restrict__ from,
-                  int* __restrict__ to, const int* __restrict__ counts, int rows, int tile, int tiles, int shift) {
+sort_place_kernel(const int* __restrict__ x, const int* __restrict__ cursor, const int2* __restrict__ from,
+                  int2* __restrict__ to, const int* __restrict__ counts, int rows, int tile, int tiles, int shift) {
     __shared__ WarpCounts in_warps;
     __shared__ int warp_sums[SORT_WARPS];
-    const int tid = threadIdx.x, step = blockIdx.x / tiles, g = blockIdx.x - step * tiles;
-    x += static_cast<size_t>(cursor ? cursor[0] : step) * rows;
-    if (from) from += static_cast<size_t>(step) * rows;
+    const int tid = threadIdx.x, step = blockIdx.x / tiles, g = blockIdx.x - step * tiles, start = g * tile;
+    const Source source = source_of(x, cursor, from, step, rows);
     to += static_cast<size_t>(step) * rows;
     counts += static_cast<size_t>(step) * tiles * DIGITS;
 
-    const int start = g * tile;
-    const auto row = [&](int i) { return from ? from[start + i] : start + i; };
-    const auto digit = [&](int i) { return x[row(i)] >> shift & DIGITS - 1; };
+    const auto digit = [&](int i) { return source(start + i).y >> shift & DIGITS - 1; };
     int first, last;
     share_of_warp(min(rows - start, tile), first, last);
 #pragma unroll
@@ -189,22 +195,20 @@ sort_place_kernel(const int* __restrict__ x, const int* __restrict__ cursor, con
 #pragma unroll
     for (int w = 0; w < SORT_WARPS; ++w) in_warps[w][tid] += before;
     __syncthreads();   // places are there
-    place_rows(in_warps, first, last, digit, [&](int i, int place) { to[place] = row(i); });
+    place_rows(in_warps, first, last, digit, [&](int i, int place) { to[place] = source(start + i); });
 }
 
 // bounds[n,v] = the first place in order[n,:] whose token is not below v.
-// x [n,T,B], order [n,T*B], bounds [n,V+1].
+// order [n,T*B], bounds [n,V+1].
 // A thread owns a v and searches: log2(T*B) reads, the first ones the same for all and so in cache.
 // No gap between two tokens makes one thread write many bounds.
 extern "C" __global__ void __launch_bounds__(SORT_THREADS)
-bounds_kernel(const int* __restrict__ x, const int* __restrict__ cursor, const int* __restrict__ order,
-              int* __restrict__ bounds, int rows, int V, int blocks_a_step) {
+bounds_kernel(const int2* __restrict__ order, int* __restrict__ bounds, int rows, int V, int blocks_a_step) {
     const int step = blockIdx.x / blocks_a_step;
     const int v = (blockIdx.x - step * blocks_a_step) * SORT_THREADS + threadIdx.x;
     if (v > V) return;
-    x += static_cast<size_t>(cursor ? cursor[0] : step) * rows;
     order += static_cast<size_t>(step) * rows;
-    bounds[static_cast<size_t>(step) * (V + 1) + v] = lower_bound(rows, v, [&](int i) { return x[order[i]]; });
+    bounds[static_cast<size_t>(step) * (V + 1) + v] = lower_bound(rows, v, [&](int i) { return order[i].y; });
 }
 
 // ----------------------------------------------------------------------------------------------------- scatter-add
@@ -214,15 +218,15 @@ bounds_kernel(const int* __restrict__ x, const int* __restrict__ cursor, const i
 // Bytes at T*B = 64k, H = 1024, V = 50k, float32: 268 MB of dz in, 205 MB of dW_xh out, 3% for partial sums.
 
 // dW_xh[v,:] = sum of dz[n,:] in ascending n, where one chunk has all of v's rows; 0 where v does not occur.
-// dz [T*B,H], x, order [T*B], bounds [V+1] (rows cursor[0] where there is a cursor), dW_xh [V,H]; head, tail, total
+// dz [T*B,H], order [T*B], bounds [V+1] (rows cursor[0] where there is a cursor), dW_xh [V,H]; head, tail, total
 // [chunks,H]: sums of the runs cut at the chunk's start and end, and of the whole chunk; cut [chunks]: token of `tail`, or -1.
 // A group of 2^log2_columns threads owns a chunk, a thread WIDTH columns of it; further groups own ADD_ZEROS tokens each.
 // SCATTER_UNROLL rows are in flight a thread, no barrier anywhere, and control flow is the same in a group.
 constexpr int SCATTER_THREADS = 128, SCATTER_BLOCKS = 6, SCATTER_UNROLL = 8, ZERO_TOKENS = 8;
 
 extern "C" __global__ void __launch_bounds__(SCATTER_THREADS, SCATTER_BLOCKS)
-scatter_add_kernel(const REAL* __restrict__ dz, const int* __restrict__ x, const int* __restrict__ order,
-                   const int* __restrict__ bounds, const int* __restrict__ cursor, REAL* __restrict__ dW_xh,
+scatter_add_kernel(const REAL* __restrict__ dz, const int2* __restrict__ order, const int* __restrict__ bounds,
+                   const int* __restrict__ cursor, REAL* __restrict__ dW_xh,
                    REAL* __restrict__ head, REAL* __restrict__ tail, REAL* __restrict__ total, int* __restrict__ cut,
                    int rows, int V, int H, int log2_chunk, int log2_columns, int chunk_blocks) {
     const int columns = 1 << log2_columns, column = threadIdx.x & (columns - 1);
@@ -246,28 +250,30 @@ scatter_add_kernel(const REAL* __restrict__ dz, const int* __restrict__ x, const
         return;
     }
 
-    x += due * rows;
     order += due * rows;
     const int chunk = blockIdx.x * groups + group, begin = chunk << log2_chunk;
     if (begin >= rows) return;
     const int end = min(begin + (1 << log2_chunk), rows);
-    int v = x[order[begin]];                                  // the token whose run is being summed
-    bool opened = begin > 0 && x[order[begin - 1]] == v;      // in an earlier chunk
+    const int before = order[max(begin - 1, 0)].y, after = order[min(end, rows - 1)].y;
+    int v = -1;              // the token whose run is being summed
+    bool opened = false;     // in an earlier chunk
     REAL sum[WIDTH], all[WIDTH];
     set_zero(sum);
     set_zero(all);
     for (int i = begin; i < end; i += SCATTER_UNROLL) {
-        int row[SCATTER_UNROLL], token[SCATTER_UNROLL];
+        int token[SCATTER_UNROLL];
         REAL value[SCATTER_UNROLL][WIDTH];
+        int2 place[SCATTER_UNROLL];   // all loads before the first use of one
 #pragma unroll
-        for (int u = 0; u < SCATTER_UNROLL; ++u)
-            if (i + u < end) row[u] = order[i + u];
+        for (int u = 0; u < SCATTER_UNROLL; ++u) place[u] = order[min(i + u, end - 1)];
 #pragma unroll
         for (int u = 0; u < SCATTER_UNROLL; ++u) {
-            if (i + u < end) {
-                token[u] = x[row[u]];
-                load_once(value[u], dz + static_cast<size_t>(row[u]) * H + j);   // dz[n,j..]
-            }
+            token[u] = place[u].y;
+            load_once(value[u], dz + static_cast<size_t>(place[u].x) * H + j);   // dz[n,j..]
+        }
+        if (i == begin) {
+            v = token[0];
+            opened = begin > 0 && before == v;
         }
 #pragma unroll
         for (int u = 0; u < SCATTER_UNROLL; ++u) {
@@ -283,7 +289,7 @@ scatter_add_kernel(const REAL* __restrict__ dz, const int* __restrict__ x, const
             }
         }
     }
-    const bool goes_on = end < rows && x[order[end]] == v;
+    const bool goes_on = end < rows && after == v;
     REAL* out = dW_xh + static_cast<size_t>(v) * H + j;
     if (opened) out = head + static_cast<size_t>(chunk) * H + j;
     else if (goes_on) out = tail + static_cast<size_t>(chunk) * H + j;

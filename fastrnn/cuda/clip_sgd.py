@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastrnn.cuda.device import Array, Device, Kernel, Scratch, address, ceil_div, real
 
-THREADS, BLOCKS, CHUNK_BYTES, MAX_ARRAYS = 256, 4, 16384, 64
+THREADS, BLOCKS, CHUNK_BYTES, MAX_ARRAYS = 256, 3, 16384, 64
 
 ARRAYS = np.dtype(
     [

@@ -26,7 +26,7 @@ class _Shape:
     blocks: int
     cluster: int = 1
     long: bool = False
-    capabilities: tuple[int, int] = (75, 1000)
+    capabilities: tuple[int, int] = (75, 120)
 
     @property
     def columns(self) -> int:
@@ -34,7 +34,8 @@ class _Shape:
         return 2**31 - 1 if self.long else self.row_threads * self.values * self.cluster
 
     def runs_on(self, capability: int) -> bool:
-        return self.capabilities[0] <= capability <= self.capabilities[1]
+        first, last = self.capabilities
+        return first <= capability and (capability <= last or last == CAPABILITIES[-1])
 
     def kernel(self, dtype: Any, width: int) -> Kernel:
         first, last = self.capabilities
@@ -55,38 +56,47 @@ class _Shape:
             cluster=self.cluster,
             blocks=self.blocks,
             min_capability=first,
-            without=tuple(c for c in (80, 86, 89, 90, 100, 120) if c > last),
+            without=tuple(c for c in CAPABILITIES if c > last),
             opcodes=("LDG\\.E[.\\w]*\\.128", "STG\\.E[.\\w]*\\.128") if width > 1 else (),
         )
 
 
-# Ascending by columns; a row goes to the first that holds it. Registers bound values x blocks.
-# A multiprocessor of compute capability 7.5 has room for 1,024 threads, later ones for 1,536.
-_WIDE = (
+# Ascending by columns; a row goes to the first that holds it. Registers bound values x blocks. A
+# multiprocessor of compute capability 7.5 has room for 1,024 threads, later ones for 1,536; from
+# 10.0 on the compiler needs more registers.
+_FIRST = (
     _Shape(32, 256, 4, 4),
     _Shape(32, 256, 16, 4),
     _Shape(128, 128, 12, 8, capabilities=(75, 75)),
-    _Shape(128, 128, 12, 10, capabilities=(80, 1000)),
-    _Shape(256, 256, 28, 4),
-    _Shape(512, 512, 28, 2),
-    _Shape(256, 256, 28, 4, cluster=4, capabilities=(90, 1000)),
-    _Shape(256, 256, 28, 4, cluster=8, capabilities=(90, 1000)),
-    _Shape(512, 512, 16, 2, long=True),
+    _Shape(128, 128, 12, 10, capabilities=(80, 120)),
+)
+_LAST = _Shape(512, 512, 16, 2, long=True)
+_WIDE = (
+    *_FIRST,
+    _Shape(256, 256, 28, 4, capabilities=(75, 90)),
+    _Shape(256, 256, 28, 3, capabilities=(100, 120)),
+    _Shape(512, 512, 24, 2),
+    _Shape(256, 256, 28, 4, cluster=4, capabilities=(90, 90)),
+    _Shape(256, 256, 28, 3, cluster=4, capabilities=(100, 120)),
+    _Shape(256, 256, 28, 4, cluster=8, capabilities=(90, 90)),
+    _Shape(256, 256, 28, 3, cluster=8, capabilities=(100, 120)),
+    _LAST,
 )
 _NARROW = (
-    *_WIDE[:4],
+    *_FIRST,
     _Shape(256, 256, 28, 3),
     _Shape(512, 512, 24, 2),
-    _Shape(256, 256, 28, 3, cluster=4, capabilities=(90, 1000)),
-    _Shape(256, 256, 28, 3, cluster=8, capabilities=(90, 1000)),
-    _Shape(512, 512, 16, 2, long=True),
+    _Shape(256, 256, 28, 3, cluster=4, capabilities=(90, 120)),
+    _Shape(256, 256, 28, 3, cluster=8, capabilities=(90, 120)),
+    _LAST,
 )
 _DOUBLE = (
     _Shape(32, 256, 4, 4),
     _Shape(32, 256, 16, 2),
     _Shape(256, 256, 16, 2),
-    _Shape(512, 512, 8, 1, long=True),
+    _Shape(512, 512, 4, 1, long=True),
 )
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 
 
 def cross_entropy(

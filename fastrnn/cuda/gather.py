@@ -20,7 +20,7 @@ BOUNDS_A_BLOCK = 2048
 """Bounds that a block of ``sort_kernel`` searches before another is worth its sort."""
 MIN_TILE, MAX_TILES = 2048, 256
 SCATTER_THREADS, SCATTER_BLOCKS, ZERO_TOKENS = 128, 6, 8
-FOLD_THREADS, FOLD_COLUMNS = 512, 32
+FOLD_THREADS, FOLD_BLOCKS, FOLD_COLUMNS = 512, 2, 32
 FOLD_GROUPS = FOLD_THREADS // FOLD_COLUMNS
 
 
@@ -35,7 +35,7 @@ def window(device: Device, tokens: Array, starts: Array, x: Array, y: Array) -> 
     steps, T = starts.size // B, x.shape[-2]
     blocks = ceil_div(ceil_div(T, WINDOW_RUN) * B, WINDOW_THREADS)
     device.launch(
-        Kernel("gather", "window_kernel", WINDOW_THREADS, _defines(np.float32, True)),
+        _window_kernel(),
         steps * blocks,
         (tokens, starts, x, y, np.int32(T), np.int32(B), np.int32(blocks)),
     )
@@ -56,7 +56,7 @@ def gather(
     columns = _Columns.of(H, W_xh.dtype, wide, GATHER_THREADS)
     wave = ceil_div(device.arch.multiprocessors * GATHER_BLOCKS, columns.tiles)
     device.launch(
-        Kernel("gather", "gather_kernel", GATHER_THREADS, _defines(W_xh.dtype, wide)),
+        _gather_kernel(W_xh.dtype, wide),
         (min(ceil_div(rows, columns.groups), wave), columns.tiles),
         (W_xh, x, cursor, b_h, z, np.int32(rows), np.int32(H), np.int32(columns.log2)),
     )
@@ -71,10 +71,10 @@ def gather_backward(
         dz: ``[T, B, H]``. x: int32 ``[T, B]``. dW_xh: ``[V, H]``, out. db_h: ``[H]``, out.
     """
     V, rows = dW_xh.shape[0], x.size
-    order = scratch("gather_backward order", rows, np.int32)
+    order = scratch("gather_backward order", 2 * rows, np.int32)
     bounds = scratch("gather_backward bounds", V + 1, np.int32)
     sort(device, x.reshape(1, rows), V, order, bounds, scratch)
-    scatter_add(device, dz, x, order, bounds, dW_xh, db_h, scratch)
+    scatter_add(device, dz, order, bounds, dW_xh, db_h, scratch)
 
 
 def sort(
@@ -92,8 +92,8 @@ def sort(
 
     Args:
         x: int32 ``[n, T*B]`` (or ``[n, T, B]``). V: vocabulary size.
-        order: int32 ``[n, T*B]``, out: the rows of token ``v``, ascending, are
-            ``order[bounds[v] : bounds[v+1]]``. bounds: int32 ``[n, V+1]``, out.
+        order: int32 ``[n, T*B, 2]``, out: (row, token), by token and then by row.
+        bounds: int32 ``[n, V+1]``, out: token ``v`` is at ``order[bounds[v] : bounds[v+1]]``.
         cursor: int32 ``[1]``; with it only row ``cursor[0]`` of ``x`` is sorted, and ``order`` and
             ``bounds`` have one row.
     """
@@ -111,7 +111,7 @@ def sort(
     tile = max(MIN_TILE, ceil_div(ceil_div(rows, MAX_TILES), SORT_THREADS) * SORT_THREADS)
     tiles = ceil_div(rows, tile)
     counts = scratch("sort counts", steps * tiles * DIGITS, np.int32)
-    other = scratch("sort order", steps * rows, np.int32) if passes > 1 else order
+    other = scratch("sort order", 2 * steps * rows, np.int32) if passes > 1 else order
     source = None
     for index in range(passes):
         target = order if (passes - index) % 2 else other  # the last pass ends in `order`
@@ -129,14 +129,13 @@ def sort(
     device.launch(
         _sort_kernel("bounds_kernel"),
         steps * blocks,
-        (x, cursor, order, bounds, np.int32(rows), np.int32(V), np.int32(blocks)),
+        (order, bounds, np.int32(rows), np.int32(V), np.int32(blocks)),
     )
 
 
 def scatter_add(
     device: Device,
     dz: Array,
-    x: Array,
     order: Array,
     bounds: Array,
     dW_xh: Array,
@@ -148,7 +147,7 @@ def scatter_add(
 
     Args:
         dz: ``[T, B, H]``. dW_xh: ``[V, H]``, out. db_h: ``[H]``, out.
-        x, order, bounds: of one step; with ``cursor``, of n steps, of which ``cursor[0]`` is due.
+        order, bounds: of one step; with ``cursor``, of n steps, of which ``cursor[0]`` is due.
     """
     V, H = dW_xh.shape
     rows, dtype = dz.size // H, dz.dtype
@@ -159,25 +158,18 @@ def scatter_add(
     )
     cut = scratch("scatter_add cut", chunks, np.int32)
     wide = _wide(H, dz, dW_xh, db_h, head, tail, total)
-    defines = _defines(dtype, wide)
 
     columns = _Columns.of(H, dtype, wide, SCATTER_THREADS)
     chunk_blocks = ceil_div(chunks, columns.groups)
     zero_blocks = ceil_div(ceil_div(V, ZERO_TOKENS), columns.groups)
     sizes = (rows, V, H, log2_chunk, columns.log2, chunk_blocks)
     device.launch(
-        Kernel(
-            "gather_backward",
-            "scatter_add_kernel",
-            SCATTER_THREADS,
-            defines,
-            blocks=SCATTER_BLOCKS,
-        ),
+        _scatter_add_kernel(dtype, wide),
         (chunk_blocks + zero_blocks, columns.tiles),
-        (dz, x, order, bounds, cursor, dW_xh, head, tail, total, cut, *map(np.int32, sizes)),
+        (dz, order, bounds, cursor, dW_xh, head, tail, total, cut, *map(np.int32, sizes)),
     )
     device.launch(
-        Kernel("gather_backward", "fold_kernel", FOLD_THREADS, defines, blocks=2),
+        _fold_kernel(dtype, wide),
         (1 + ceil_div(chunks, FOLD_GROUPS), ceil_div(H, FOLD_COLUMNS * _width(dtype, wide))),
         (
             *(head, tail, total, cut, bounds, cursor, dW_xh, db_h),
@@ -197,29 +189,17 @@ def chunk_bits(rows: int) -> int:
 
 def variants() -> list[Kernel]:
     """Every kernel that may be launched."""
-    kernels = [
-        Kernel("gather", "window_kernel", WINDOW_THREADS, _defines(np.float32, True)),
-        *map(_sort_kernel, ("sort_kernel", "sort_count_kernel", "sort_place_kernel")),
-        _sort_kernel("bounds_kernel"),
+    sorts = ("sort_kernel", "sort_count_kernel", "sort_place_kernel", "bounds_kernel")
+    return [
+        _window_kernel(),
+        *map(_sort_kernel, sorts),
+        *(
+            kernel(dtype, wide)
+            for kernel in (_gather_kernel, _scatter_add_kernel, _fold_kernel)
+            for dtype in (np.float32, np.float64)
+            for wide in (True, False)
+        ),
     ]
-    for dtype in (np.float32, np.float64):
-        for wide in (True, False):
-            defines = _defines(dtype, wide)
-            opcodes = ("LDG\\.E\\.128[.\\w]*", "STG\\.E[.\\w]*\\.128") if wide else ()
-            kernels += [
-                Kernel(
-                    *("gather", "gather_kernel", GATHER_THREADS, defines),
-                    blocks=GATHER_BLOCKS,
-                    opcodes=opcodes,
-                ),
-                Kernel(
-                    *("gather_backward", "scatter_add_kernel", SCATTER_THREADS, defines),
-                    blocks=SCATTER_BLOCKS,
-                    opcodes=opcodes,
-                ),
-                Kernel("gather_backward", "fold_kernel", FOLD_THREADS, defines, blocks=2),
-            ]
-    return kernels
 
 
 @dataclass(frozen=True)
@@ -256,6 +236,37 @@ def _defines(dtype: Any, wide: bool) -> tuple[tuple[str, int | str], ...]:
     return ("REAL", real(dtype)), ("WIDTH", _width(dtype, wide))
 
 
+def _vector_opcodes(wide: bool) -> tuple[str, ...]:
+    return ("LDG\\.E[.\\w]*\\.128", "STG\\.E[.\\w]*\\.128") if wide else ()
+
+
+def _window_kernel() -> Kernel:
+    return Kernel("gather", "window_kernel", WINDOW_THREADS, _defines(np.float32, True))
+
+
+def _gather_kernel(dtype: Any, wide: bool) -> Kernel:
+    return Kernel(
+        *("gather", "gather_kernel", GATHER_THREADS, _defines(dtype, wide)),
+        blocks=GATHER_BLOCKS,
+        opcodes=_vector_opcodes(wide),
+    )
+
+
 def _sort_kernel(name: str) -> Kernel:
     """Integers only: the module of the commonest floats serves."""
     return Kernel("gather_backward", name, SORT_THREADS, _defines(np.float32, True))
+
+
+def _scatter_add_kernel(dtype: Any, wide: bool) -> Kernel:
+    return Kernel(
+        *("gather_backward", "scatter_add_kernel", SCATTER_THREADS, _defines(dtype, wide)),
+        blocks=SCATTER_BLOCKS,
+        opcodes=_vector_opcodes(wide),
+    )
+
+
+def _fold_kernel(dtype: Any, wide: bool) -> Kernel:
+    return Kernel(
+        *("gather_backward", "fold_kernel", FOLD_THREADS, _defines(dtype, wide)),
+        blocks=FOLD_BLOCKS,
+    )
