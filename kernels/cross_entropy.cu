@@ -170,7 +170,7 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
         merge(maxima[half], sums[half], maximum, sum);
 #elif SHARED_ROW
         if (lane == 0) maxima[half][warp] = maximum, sums[half][warp] = sum;
-        __syncthreads();
+        __syncthreads();   // the parts of the row are there
         merge(maxima[half], sums[half], maximum, sum);
 #endif
         REAL* out = dlogits + at;
