@@ -20,7 +20,7 @@ struct Arrays {
     int count;
 };
 
-constexpr int THREADS = 256, BLOCKS = 3, WARPS = THREADS / 32;
+constexpr int THREADS = 256, WARPS = THREADS / 32, BLOCKS = 3, SGD_BLOCKS = 2;
 constexpr int VALUES = 64 / sizeof(REAL), VECTORS = VALUES / WIDTH, CHUNK = THREADS * VALUES;   // 16 KB
 
 // The array that chunk c belongs to, looked for from array a on.
@@ -175,7 +175,7 @@ __device__ __forceinline__ void record(double loss, double norm, double* totals,
 // is written, and with totals [4] the step is recorded, its loss [] included.
 // A block owns every so manieth chunk of CHUNK values, a thread VALUES of it; the first chunk is on its way while the
 // partials are added up. Backwards, as in scale_kernel. The last write of a step moves the cursor on.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, SGD_BLOCKS)
 sgd_kernel(const __grid_constant__ Arrays params, const __grid_constant__ Arrays grads, const double* __restrict__ partials,
            int parts, const double* __restrict__ rates, double lr, REAL* __restrict__ norm,
            const REAL* __restrict__ loss, double* totals, int* cursor) {

@@ -40,12 +40,13 @@ def dtype(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=SHAPES)
 def inputs(request: pytest.FixtureRequest, dtype: Any) -> Inputs:
-    return Inputs(*request.param, dtype)
+    T, B, H, V = request.param
+    return Inputs(T, B, H, V, dtype)
 
 
 def unaligned(device: Device, host: NDArray[Any]) -> NDArray[Any]:
     """A copy that starts one element behind a multiple of 16 bytes, as a slice may."""
-    flat = device.empty((host.size + 1,), host.dtype)[1:]
+    flat: NDArray[Any] = device.empty((host.size + 1,), host.dtype)[1:]
     flat[:] = host.ravel()
     return flat.reshape(host.shape)
 

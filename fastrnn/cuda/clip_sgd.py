@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastrnn.cuda.device import Array, Device, Kernel, Scratch, address, ceil_div, real
 
-THREADS, BLOCKS, CHUNK_BYTES, MAX_ARRAYS = 256, 3, 16384, 64
+THREADS, BLOCKS, SGD_BLOCKS, CHUNK_BYTES, MAX_ARRAYS = 256, 3, 2, 16384, 64
 
 ARRAYS = np.dtype(
     [
@@ -100,7 +100,9 @@ def variants() -> list[Kernel]:
         kernel
         for dtype in (np.float32, np.float64)
         for kernel in (
-            *(_kernel(f"{name}_kernel", dtype) for name in ("squares", "scale", "sgd")),
+            _kernel("squares_kernel", dtype),
+            _kernel("scale_kernel", dtype),
+            _kernel("sgd_kernel", dtype, SGD_BLOCKS),
             Kernel("clip_sgd", "record_kernel", 32, _defines(dtype)),
         )
     ]
@@ -144,8 +146,8 @@ def _sgd(
     tables = list(_tables([params, grads]))
     for table in tables:
         device.launch(
-            _kernel("sgd_kernel", params[0].dtype),
-            _grid(device, table.chunks),
+            _kernel("sgd_kernel", params[0].dtype, SGD_BLOCKS),
+            _grid(device, table.chunks, SGD_BLOCKS),
             (
                 *(*table.arrays, partials, parts, rates, rate),
                 *(outputs if table is tables[-1] else (None,) * len(outputs)),
@@ -184,8 +186,9 @@ def _tables(lists: Sequence[Sequence[Array]], turns: int = 1) -> Iterator[_Table
         yield _Table(tuple(tables), int(first[-1]))
 
 
-def _grid(device: Device, chunks: int) -> int:
-    return max(1, min(chunks, device.arch.multiprocessors * BLOCKS))
+def _grid(device: Device, chunks: int, blocks: int = BLOCKS) -> int:
+    """One wave at most."""
+    return max(1, min(chunks, device.arch.multiprocessors * blocks))
 
 
 def _rate(value: float | Array) -> tuple[Array | None, np.float64]:
@@ -195,8 +198,8 @@ def _rate(value: float | Array) -> tuple[Array | None, np.float64]:
     return value, np.float64(0)
 
 
-def _kernel(name: str, dtype: Any) -> Kernel:
-    return Kernel("clip_sgd", name, THREADS, _defines(dtype), blocks=BLOCKS)
+def _kernel(name: str, dtype: Any, blocks: int = BLOCKS) -> Kernel:
+    return Kernel("clip_sgd", name, THREADS, _defines(dtype), blocks=blocks)
 
 
 def _defines(dtype: Any) -> tuple[tuple[str, int | str], ...]:
