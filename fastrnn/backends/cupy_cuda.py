@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from fastrnn.backend import Array, Backend, Dims, HostArray, Workspace
-from fastrnn.cuda import clip_sgd, cross_entropy, gather, generate, project, recurrence
+from fastrnn.cuda import clip_sgd, cross_entropy, gather, gemm, generate, project, recurrence
 from fastrnn.cuda.device import Device, Graph, Scratch, ceil_div
+from fastrnn.cuda.project import Share
 from fastrnn.decoding import Decoding
 
 GRAPH_STEPS = 8
@@ -66,7 +67,7 @@ class _Run:
     Attributes:
         capacity: steps that the batch buffers hold.
         starts: int32 ``[capacity, B]``. x, y: int32 ``[capacity, T, B]``.
-        order, bounds: int32 ``[capacity, T*B]`` and ``[capacity, V+1]``, of :func:`gather.sort`.
+        order, bounds: int32 ``[capacity, T*B, 2]``, ``[capacity, V+1]``, of :func:`gather.sort`.
         rates: float64 ``[2]``: lr, max_norm. cursor: int32 ``[1]``: the step that is due.
         graphs: by number of steps and ``carry``. warm: which ``carry`` has run uncaptured.
     """
@@ -152,13 +153,21 @@ class CupyBackend(Backend):
         self._recurrence(z, W_hh, h0, out, self._scratch)
         return out
 
-    def _recurrence(self, z: Array, W_hh: Array, h0: Array, h: Array, scratch: Scratch) -> None:
+    def _recurrence(
+        self,
+        z: Array,
+        W_hh: Array,
+        h0: Array,
+        h: Array,
+        scratch: Scratch,
+        **share: Unpack[Share],
+    ) -> None:
         if recurrence.fits(z.shape[2], z.dtype):
             recurrence.recurrence(self.device, z, W_hh, h0, h)
             return
         before = h0
         for z_t, h_t in zip(z, h, strict=True):
-            project.tanh_step(self.device, before, W_hh, z_t, h_t, scratch)
+            project.tanh_step(self.device, before, W_hh, z_t, h_t, scratch=scratch, **share)
             before = h_t
 
     def recurrence_backward(
@@ -177,25 +186,34 @@ class CupyBackend(Backend):
             )
         dz, dW_hh, dh0 = out
         self._bptt(dh, h, W_hh, dz, dh0, self._scratch)
-        project.recurrent_gradient(self.device, h0, h, dz, dW_hh, self._scratch)
+        project.recurrent_gradient(self.device, h0, h, dz, dW_hh, scratch=self._scratch)
         return out
 
     def _bptt(
-        self, dh: Array, h: Array, W_hh: Array, dz: Array, dh0: Array, scratch: Scratch
+        self,
+        dh: Array,
+        h: Array,
+        W_hh: Array,
+        dz: Array,
+        dh0: Array,
+        scratch: Scratch,
+        **share: Unpack[Share],
     ) -> None:
         if recurrence.fits(h.shape[2], h.dtype):
             recurrence.recurrence_backward(self.device, dh, h, W_hh, dz, dh0)
             return
         after = None
         for t in reversed(range(len(h))):
-            project.tanh_step_backward(self.device, after, W_hh, dh[t], h[t], dz[t], scratch)
+            project.tanh_step_backward(
+                self.device, after, W_hh, dh[t], h[t], dz[t], scratch=scratch, **share
+            )
             after = dz[t]
-        project.state_gradient(self.device, dz[0], W_hh, dh0, scratch)
+        project.initial_state_gradient(self.device, dz[0], W_hh, dh0, scratch=scratch, **share)
 
     def project(self, h: Array, W_hq: Array, b_q: Array, out: Array | None = None) -> Array:
         if out is None:
             out = self.empty((*h.shape[:2], W_hq.shape[1]), h.dtype)
-        project.project(self.device, h, W_hq, b_q, out, self._scratch)
+        project.project(self.device, h, W_hq, b_q, out, scratch=self._scratch)
         return out
 
     def project_backward(
@@ -211,9 +229,7 @@ class CupyBackend(Backend):
                 self.empty(W_hq.shape, h.dtype),
                 self.empty((W_hq.shape[1],), h.dtype),
             )
-        dh, dW_hq, db_q = out
-        project.project_backward_h(self.device, dlogits, W_hq, dh, self._scratch)
-        project.project_backward_W(self.device, dlogits, h, dW_hq, db_q, self._scratch)
+        project.project_backward(self.device, dlogits, h, W_hq, *out, scratch=self._scratch)
         return out
 
     def cross_entropy(
@@ -223,7 +239,9 @@ class CupyBackend(Backend):
             out = (self.empty((), logits.dtype), self.empty(logits.shape, logits.dtype))
         loss, dlogits = out
         V, losses = logits.shape[2], self.empty((targets.size,), logits.dtype)
-        cross_entropy.cross_entropy(self.device, logits, targets, V, losses, dlogits, loss)
+        counter = self.empty((1,), np.uint32)
+        self.device.fill_zero(counter)
+        cross_entropy.cross_entropy(self.device, logits, targets, V, losses, dlogits, loss, counter)
         return out
 
     def clip_by_global_norm(
@@ -292,6 +310,10 @@ class CupyBackend(Backend):
                 "logits": padded.reshape(T, B, ld),
                 "W_hq": self.empty((H, ld), dtype),
                 "losses": self.empty((T * B,), dtype),
+                "counter": self.put(np.zeros(1, np.uint32)),
+                # Products of different branches count apart.
+                "main": Share(counters=gemm.new_counters(self.device)),
+                "beside": Share(counters=gemm.new_counters(self.device)),
                 "held": _Held(self.device),
                 "run": None,
             },
@@ -333,7 +355,7 @@ class CupyBackend(Backend):
         """The batch buffers of a workspace, with room for ``steps`` where memory allows."""
         T, B, V = ws.dims.T, ws.dims.B, ws.dims.V
         run: _Run | None = ws.extra["run"]
-        most = max(1, BATCH_BYTES // (4 * (3 * T * B + V + 1 + B)))
+        most = max(1, BATCH_BYTES // (4 * (4 * T * B + V + 1 + B)))
         if run is None or run.capacity < min(steps, most):
             capacity = min(most, max(steps, GRAPH_STEPS))
             empty = self.device.empty
@@ -343,7 +365,7 @@ class CupyBackend(Backend):
                 starts=empty((capacity, B), np.int32),
                 x=empty((capacity, T, B), np.int32),
                 y=empty((capacity, T, B), np.int32),
-                order=empty((capacity, T * B), np.int32),
+                order=empty((capacity, T * B, 2), np.int32),
                 bounds=empty((capacity, V + 1), np.int32),
                 rates=empty((2,), np.float64),
                 cursor=empty((1,), np.int32),
@@ -370,65 +392,79 @@ class CupyBackend(Backend):
             run.graphs[steps, carry] = self.device.capture(submit)
         return run.graphs[steps, carry]
 
-    def _forward(self, ws: Workspace, run: _Run) -> None:
-        """From the batch that is due to ``dlogits`` and the losses of its rows."""
-        device, held, p = self.device, ws.extra["held"], ws.params
-        logits, W_hq = ws.extra["logits"], ws.extra["W_hq"]
+    def evaluate(self, ws: Workspace, starts: HostArray, carry: bool) -> float:
+        starts = np.ascontiguousarray(starts, np.int32)
+        run = self._run(ws, len(starts))
+        totals, no_norm = self.put(np.zeros(4)), self.put(np.zeros((), ws.dims.dtype))
+        for first in range(0, len(starts), run.capacity):
+            piece = self.put(starts[first : first + run.capacity])
+            self._begin(ws, run, piece, 0.0, 1.0)
+            for _ in range(len(piece)):
+                self._forward(ws, run, ws.loss)
+                clip_sgd.record(self.device, ws.loss, no_norm, totals, run.cursor)
+                if carry:
+                    self.device.copy(ws.h[-1], ws.h0)
+        return float(self.get(totals)[0]) / len(starts)
+
+    def _forward(self, ws: Workspace, run: _Run, loss: Array | None = None) -> None:
+        """From the batch that is due to ``dlogits``, the losses of its rows, and their mean."""
+        device, own, p = self.device, ws.extra, ws.params
+        logits, W_hq = own["logits"], own["W_hq"]
+        (H, V), ld = p["W_hq"].shape, logits.shape[2]
         with device.branch("weights"):
-            project.pad(device, p["W_hq"], W_hq)
-        if recurrence.fits(ws.dims.H, ws.dims.dtype):
+            project.pad(device, p["W_hq"], H, V, ld, W_hq)
+        if recurrence.fits(H, ws.dims.dtype):
             recurrence.recurrence_gathered(
                 device, run.x, run.cursor, p["W_xh"], p["b_h"], p["W_hh"], ws.h0, ws.h
             )
         else:
             gather.gather(device, p["W_xh"], run.x, p["b_h"], ws.z, run.cursor)
-            self._recurrence(ws.z, p["W_hh"], ws.h0, ws.h, held.under("recurrence"))
+            self._recurrence(ws.z, p["W_hh"], ws.h0, ws.h, own["held"], **own["main"])
         device.join("weights")
-        project.project(device, ws.h, W_hq, p["b_q"], logits, held.under("project"))
+        project.project(
+            device, ws.h, W_hq, p["b_q"], logits, ld_W=ld, ld_logits=ld,
+            scratch=own["held"], **own["main"],
+        )  # fmt: skip
         cross_entropy.cross_entropy(
-            device, logits, run.y, ws.dims.V, ws.extra["losses"], logits, cursor=run.cursor
+            device, logits, run.y, V, own["losses"], logits, loss, own["counter"], run.cursor
         )
 
     def _submit(self, ws: Workspace, run: _Run, carry: bool) -> None:
         """One training step on the batch that is due."""
-        device, held, p, g = self.device, ws.extra["held"], ws.params, ws.grads
-        logits, W_hq = ws.extra["logits"], ws.extra["W_hq"]
+        device, own, p, g = self.device, ws.extra, ws.params, ws.grads
+        held: _Held = own["held"]
+        logits, W_hq = own["logits"], own["W_hq"]
+        V, ld = ws.dims.V, logits.shape[2]
         self._forward(ws, run)
         with device.branch("output"):
             project.project_backward_W(
-                device, logits, ws.h, g["W_hq"], g["b_q"], held.under("output")
-            )
-        project.project_backward_h(device, logits, W_hq, ws.dh, held.under("dh"))
-        self._bptt(ws.dh, ws.h, p["W_hh"], ws.dz, ws.dh0, held.under("bptt"))
+                device, ws.h, logits, g["W_hq"], ld_logits=ld,
+                scratch=held.under("output"), **own["beside"],
+            )  # fmt: skip
+            project.column_sum(
+                device, logits, g["b_q"], len(own["losses"]), V, ld=ld,
+                scratch=held.under("output"),
+            )  # fmt: skip
+        project.project_backward_h(
+            device, logits, W_hq, ws.dh, V, ld_W=ld, ld_logits=ld, scratch=held, **own["main"]
+        )
+        self._bptt(ws.dh, ws.h, p["W_hh"], ws.dz, ws.dh0, held, **own["main"])
         with device.branch("rows"):
             gather.scatter_add(
-                device,
-                ws.dz,
-                run.x,
-                run.order,
-                run.bounds,
-                g["W_xh"],
-                g["b_h"],
-                held.under("rows"),
-                cursor=run.cursor,
-            )
-        project.recurrent_gradient(device, ws.h0, ws.h, ws.dz, g["W_hh"], held.under("dW_hh"))
+                device, ws.dz, run.order, run.bounds, g["W_xh"], g["b_h"],
+                held.under("rows"), run.cursor,
+            )  # fmt: skip
+        project.recurrent_gradient(
+            device, ws.h0, ws.h, ws.dz, g["W_hh"], scratch=held, **own["main"]
+        )
         if carry:
             with device.branch("state"):
                 device.copy(ws.h[-1], ws.h0)
         device.join("output")
         device.join("rows")
         clip_sgd.clip_sgd(
-            device,
-            [ws.flat_params],
-            [ws.flat_grads],
-            run.rates,
-            ws.norm,
-            held.under("clip"),
-            losses=ws.extra["losses"],
-            loss=ws.loss,
-            totals=ws.totals,
-            cursor=run.cursor,
-        )
+            device, [ws.flat_params], [ws.flat_grads], run.rates, ws.norm, held,
+            losses=own["losses"], loss=ws.loss, totals=ws.totals, cursor=run.cursor,
+        )  # fmt: skip
         if carry:
             device.join("state")
