@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from fastrnn.cuda.device import KERNELS
 from tests.emulated_device import EmulatedDevice
-from tests.emulator import emulator_unavailable
 from tests.emulator.module import Order
+from tests.emulator.require import require_emulator
 
 ORDERS: Sequence[Order] = ("forward", "reverse", "eager", 1, 2)
 """Orders of threads that a right kernel does not notice."""
-
-
-def require_emulator() -> None:
-    """Skip the test where the emulator cannot run; fail where the environment demands it."""
-    reason = emulator_unavailable()
-    if reason is None:
-        return
-    if os.environ.get("FASTRNN_REQUIRE_EMULATOR"):
-        pytest.fail(f"FASTRNN_REQUIRE_EMULATOR is set, but {reason}")
-    pytest.skip(reason)
 
 
 def emulated(capability: int = 90, **options: Any) -> EmulatedDevice:
