@@ -45,6 +45,21 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #endif
 }
 
+// The same value, of which the compiler forgets how it came about: it is computed here, neither again nor later.
+__device__ __forceinline__ int kept(int x) {
+#ifndef CUDA_ON_CPU
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+__device__ __forceinline__ float kept(float x) {
+#ifndef CUDA_ON_CPU
+    asm volatile("" : "+f"(x));
+#endif
+    return x;
+}
+
 // --------------------------------------------------------------------------------------------------- tensor cores
 #if PTX_ARCH >= 800
 
@@ -132,6 +147,13 @@ typedef uintptr_t shared_address;
 #else
 typedef uint32_t shared_address;
 #endif
+
+__device__ __forceinline__ shared_address kept(shared_address x) {
+#ifndef CUDA_ON_CPU
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
 
 __device__ __forceinline__ shared_address shared_address_of(const void* p) {
 #ifdef CUDA_ON_CPU
@@ -509,7 +531,8 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(shared_address barrier) 
 #endif
 }
 
-// Has the phase of this parity completed? Acquires what the cluster wrote before. May suspend for a short while.
+// Has the phase of this parity completed? Then what its bytes and arrivals announced is in the block's shared memory. May
+// suspend for a short while. (Block scope: nothing else is acquired. Cluster scope would also invalidate the L1 cache.)
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
 #ifdef CUDA_ON_CPU
     if (emulator::mbarrier_test(barrier, parity)) return true;
@@ -519,11 +542,19 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
     uint32_t done;
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(done) : "r"(shared_address_of(barrier)), "r"(parity) : "memory");
     return done != 0;
 #endif
+}
+
+// Waits for the phase of this parity; a trap after ten seconds, because a hang would be worse.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    if (mbarrier_try_wait(barrier, parity)) return;
+    const uint64_t start = nanoseconds();
+    while (!mbarrier_try_wait(barrier, parity))
+        if (nanoseconds() - start > 10000000000ull) __trap();
 }
 
 // Pushes a value into a block of the cluster; its mbarrier counts the bytes when they have arrived.
@@ -536,13 +567,15 @@ __device__ __forceinline__ void st_async(shared_address address, float v, shared
 #endif
 }
 
-__device__ __forceinline__ void st_async(shared_address address, float4 v, shared_address barrier) {
+// `when` is a predicate of the instruction: no branch.
+__device__ __forceinline__ void st_async(shared_address address, float4 v, shared_address barrier, bool when = true) {
 #ifdef CUDA_ON_CPU
-    emulator::async_store(reinterpret_cast<void*>(address), &v, 16, reinterpret_cast<uint64_t*>(barrier));
+    if (when) emulator::async_store(reinterpret_cast<void*>(address), &v, 16, reinterpret_cast<uint64_t*>(barrier));
 #else
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %6, 0;\n\t"
+                 "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];\n\t}"
                  :: "r"(address), "r"(__float_as_uint(v.x)), "r"(__float_as_uint(v.y)), "r"(__float_as_uint(v.z)),
-                    "r"(__float_as_uint(v.w)), "r"(barrier) : "memory");
+                    "r"(__float_as_uint(v.w)), "r"(barrier), "r"(uint32_t(when)) : "memory");
 #endif
 }
 
