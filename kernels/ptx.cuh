@@ -299,6 +299,28 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+// Loads of what the kernel only reads, and each block once: past L1.
+
+__device__ __forceinline__ float load_streamed(const float* p) {
+#ifdef CUDA_ON_CPU
+    return *p;
+#else
+    float v;
+    asm("ld.global.nc.L1::no_allocate.f32 %0, [%1];" : "=f"(v) : "l"(__cvta_generic_to_global(p)));
+    return v;
+#endif
+}
+
+__device__ __forceinline__ double load_streamed(const double* p) {
+#ifdef CUDA_ON_CPU
+    return *p;
+#else
+    double v;
+    asm("ld.global.nc.L1::no_allocate.f64 %0, [%1];" : "=d"(v) : "l"(__cvta_generic_to_global(p)));
+    return v;
+#endif
+}
+
 // ------------------------------------------------------------------------------------ flags in global memory, gpu scope
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
@@ -392,6 +414,15 @@ __device__ __forceinline__ uint64_t nanoseconds() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
     return t;
 #endif
+}
+
+// The same value, but unknown to the compiler: it computes what follows from it there, and does not hoist it out of
+// loops into registers.
+__device__ __forceinline__ int opaque(int v) {
+#ifndef CUDA_ON_CPU
+    asm volatile("" : "+r"(v));
+#endif
+    return v;
 }
 
 // ------------------------------------------------------------------------------------------------ named barriers
@@ -564,6 +595,15 @@ __device__ __forceinline__ void st_async(shared_address address, float v, shared
 #else
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
                  :: "r"(address), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void st_async(shared_address address, uint2 v, shared_address barrier) {
+#ifdef CUDA_ON_CPU
+    emulator::async_store(reinterpret_cast<void*>(address), &v, 8, reinterpret_cast<uint64_t*>(barrier));
+#else
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];"
+                 :: "r"(address), "r"(v.x), "r"(v.y), "r"(barrier) : "memory");
 #endif
 }
 

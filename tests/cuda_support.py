@@ -11,6 +11,8 @@ from tests.emulated_device import EmulatedDevice
 from tests.emulator.module import Order
 from tests.emulator.require import require_emulator
 
+__all__ = ["ORDERS", "emulated", "require_emulator", "twin"]
+
 ORDERS: Sequence[Order] = ("forward", "reverse", "eager", 1, 2)
 """Orders of threads that a right kernel does not notice."""
 

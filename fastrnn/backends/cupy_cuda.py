@@ -162,7 +162,7 @@ class CupyBackend(Backend):
         scratch: Scratch,
         **share: Unpack[Share],
     ) -> None:
-        if recurrence.fits(z.shape[2], z.dtype):
+        if recurrence.fits(z.shape[2], z.dtype, self.device, z.shape[1]):
             recurrence.recurrence(self.device, z, W_hh, h0, h)
             return
         before = h0
@@ -199,7 +199,7 @@ class CupyBackend(Backend):
         scratch: Scratch,
         **share: Unpack[Share],
     ) -> None:
-        if recurrence.fits(h.shape[2], h.dtype):
+        if recurrence.fits(h.shape[2], h.dtype, self.device, h.shape[1]):
             recurrence.recurrence_backward(self.device, dh, h, W_hh, dz, dh0)
             return
         after = None
@@ -413,7 +413,7 @@ class CupyBackend(Backend):
         (H, V), ld = p["W_hq"].shape, logits.shape[2]
         with device.branch("weights"):
             project.pad(device, p["W_hq"], H, V, ld, W_hq)
-        if recurrence.fits(H, ws.dims.dtype):
+        if recurrence.fits(H, ws.dims.dtype, device, ws.dims.B):
             recurrence.recurrence_gathered(
                 device, run.x, run.cursor, p["W_xh"], p["b_h"], p["W_hh"], ws.h0, ws.h
             )

@@ -21,7 +21,8 @@ from fastrnn.backend import BackendUnavailableError
 from fastrnn.cuda.device import KERNELS, Arch, Array, Device, Graph, Kernel
 
 INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
-MIN_CAPABILITY = 75
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+"""Compute capabilities, times ten, that the launchers distinguish."""
 
 
 def load_cupy() -> Any:
@@ -46,9 +47,9 @@ def load_cupy() -> Any:
         raise BackendUnavailableError("backend 'cupy' needs an NVIDIA GPU: no CUDA device found")
     device = cupy.cuda.Device()
     capability = int(device.compute_capability)
-    if capability < MIN_CAPABILITY:
+    if capability < min(CAPABILITIES):
         raise BackendUnavailableError(
-            f"backend 'cupy' needs a GPU of compute capability {MIN_CAPABILITY / 10} or more, "
+            f"backend 'cupy' needs a GPU of compute capability {min(CAPABILITIES) / 10} or more, "
             f"device {device.id} has {capability / 10}"
         )
     try:
@@ -125,8 +126,10 @@ class CupyDevice(Device):
     def __init__(self) -> None:
         self._cupy = cupy = load_cupy()
         attributes = cupy.cuda.Device().attributes
+        found = int(cupy.cuda.Device().compute_capability)
         self.arch = Arch(
-            capability=int(cupy.cuda.Device().compute_capability),
+            # Choices are made, and were tested, by architecture: 8.7 is treated as 8.6.
+            capability=max(c for c in CAPABILITIES if c <= found),
             multiprocessors=attributes["MultiProcessorCount"],
             shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
         )
@@ -137,6 +140,7 @@ class CupyDevice(Device):
         )
         self._modules: dict[tuple[str, tuple[tuple[str, int | str], ...]], Any] = {}
         self._functions: dict[Kernel, Any] = {}
+        self._clusters: dict[Kernel, int] = {}
         self._lock = threading.Lock()
         # Streams and events belong to the thread that submits: two threads may run ops at once.
         self._local = threading.local()
@@ -197,6 +201,11 @@ class CupyDevice(Device):
             return function
 
     def active_clusters(self, kernel: Kernel) -> int:
+        if kernel not in self._clusters:
+            self._clusters[kernel] = self._ask_active_clusters(kernel)
+        return self._clusters[kernel]
+
+    def _ask_active_clusters(self, kernel: Kernel) -> int:
         if self.arch.capability < 90 or not kernel.runs_on(self.arch.capability):
             return 0
         function = self._functions.get(kernel) or self._compile(kernel)
