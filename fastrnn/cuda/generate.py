@@ -202,7 +202,11 @@ def generate(
     """
     W_hh, (S, P) = params["W_hh"], prefix.shape
     H, V = params["W_hq"].shape
-    sizes, dtype, greedy = Sizes(S, P, num_tokens, H, V), np.dtype(W_hh.dtype), not decoding.temperature
+    sizes, dtype, greedy = (
+        Sizes(S, P, num_tokens, H, V),
+        np.dtype(W_hh.dtype),
+        not decoding.temperature,
+    )
     arrays = [params[name] for name in ("W_xh", "W_hh", "b_h", "W_hq", "b_q")]
     arrays += [prefix, lengths, tokens_out, state]
     clustered = _cluster_plan(device, sizes, greedy) if dtype == np.float32 else None
