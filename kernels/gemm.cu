@@ -19,10 +19,12 @@ enum { PLAIN = 0, BIAS = 1, TANH = 2, TANH_BACKWARD = 3 };   // acc | acc + x[n]
 
 constexpr int TILE = TILE_M * TILE_N;
 constexpr int WIDTH = 16 / sizeof(REAL);          // elements of a vector access
-// Operands keep in shared memory the layout that they have in global memory.
+// Operands in global memory. Tensor cores take them from shared memory as they lie there; for multiply-adds, one that is
+// contiguous along k is turned on its way, element by element.
 constexpr int ROWS_A = TRANS_A ? TILE_K : TILE_M, COLUMNS_A = TRANS_A ? TILE_M : TILE_K;
 constexpr int ROWS_B = TRANS_B ? TILE_N : TILE_K, COLUMNS_B = TRANS_B ? TILE_K : TILE_N;
-constexpr int SIZE_A = ROWS_A * LD_A, STAGE = SIZE_A + ROWS_B * LD_B;
+constexpr bool TURN_A = !TENSOR_CORES && !TRANS_A, TURN_B = !TENSOR_CORES && TRANS_B;
+constexpr int SIZE_A = (TURN_A ? COLUMNS_A : ROWS_A) * LD_A, STAGE = SIZE_A + (TURN_B ? COLUMNS_B : ROWS_B) * LD_B;
 
 template <int n>
 struct __align__(n * sizeof(REAL)) Vector {
@@ -46,6 +48,7 @@ __device__ __forceinline__ void store_vector(REAL* p, const Vector<n>& v) {
 
 constexpr int STEP_K = 8;
 constexpr int STEPS = TILE_K / STEP_K / WARPS_K;   // of a warp, in a tile of operands
+constexpr int TOGETHER = 1;                        // pairs of steps unrolled: more would spill registers
 constexpr int COPIES_C = WARPS_K;                  // partial sums of one tile within the block
 constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
 constexpr int MMA_M = WARP_M / 16, MMA_N = WARP_N / 8;
@@ -59,7 +62,8 @@ struct Accumulators {
 };
 
 struct Place {
-    int lane, group, pair, row, column, depth;     // lane/4, lane%4; of the warp's part of the tile
+    int lane, group, pair;                         // group = lane/4, pair = lane%4
+    int row, column, depth;                        // of the warp's part of the tile
 
     __device__ __forceinline__ explicit Place(int thread) {
         const int warp = thread / 32;
@@ -71,8 +75,8 @@ struct Place {
         depth = warp / (WARPS_M * WARPS_N);
     }
 
-    // The rows of mma i, upper (half 0) and lower, that the lane's registers stand for. A transposed A is read four rows at
-    // a time, so there the rows of four halves interleave; for the same reason the columns of four mma of an untransposed B.
+    // The row of mma i, upper half (0) or lower, that the lane's registers stand for. A transposed A is read four rows at a
+    // time, so there the rows of four halves interleave; and so do the columns of four mma where B is not transposed.
     __device__ __forceinline__ int row_of(int i, int half) const {
         return row + (TRANS_A ? i / 2 * 32 + group * 4 + i % 2 * 2 + half : i * 16 + half * 8 + group);
     }
@@ -119,16 +123,18 @@ __device__ __forceinline__ void load_fragments(Fragments& f, const float* stage,
     }
 }
 
-// x = high + low + at most 2^-23 |x|: high is x rounded to TF32 (ties away from zero, as cvt.rna does in two instructions
-// more), low the exact rest. Tensor cores ignore the low 13 bits of an operand, so neither is masked for them. A NaN
-// survives in `low`, whatever the sum makes of it; beyond 3.4e38 (1 - 2^-12), and for infinities, low is infinite or NaN.
+// x = high + low, of which tensor cores drop at most 2^-23 |x|: high is x rounded to TF32 (ties away from zero, as by cvt.rna,
+// which takes two instructions more), low the exact rest. They ignore the low 13 bits of an operand, so neither is masked for
+// them (ptxas too hands them what cvt.rna leaves there). A NaN lives on in `low`, whatever the sum makes of it; an infinity,
+// and what rounds to one, from 3.4e38 (1 - 2^-12) on, ends as NaN.
 __device__ __forceinline__ void split(uint32_t x, uint32_t& high, uint32_t& low) {
     high = x + 0x1000u;
     low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high & 0xffffe000u));
 }
 
-// c += a b. Tensor cores truncate when they add, and to accumulate in them would lose up to K/8 half-units of the last
-// place, all in one direction: so each step's products start from zero, small ones first, and join c by a rounded addition.
+// acc += a b, without the product of the low parts (2^-22 of the whole, of random sign). Tensor cores truncate when they add:
+// to accumulate in them would lose half a unit of the last place in each of K/8 steps, always toward zero. So the products
+// of a step start from zero, small ones first, and join acc by a rounded addition.
 __device__ __forceinline__ void multiply(Accumulators& acc, const Fragments& f) {
     uint32_t high_a[MMA_M][4], low_a[MMA_M][4];
 #pragma unroll
@@ -188,83 +194,55 @@ __device__ __forceinline__ void store(float* tile, const Accumulators& acc, cons
 
 #else  // fused multiply-adds
 
-constexpr int STEP_K = 2;
-constexpr int STEPS = TILE_K / STEP_K;
+constexpr int STEPS = TILE_K;
+constexpr int TOGETHER = 4;
 constexpr int COPIES_C = 1;
 constexpr int ACROSS = TILE_N / THREAD_N, DOWN = TILE_M / THREAD_M;   // threads along a tile's row and column
 
 struct Fragments {
-    REAL a[STEP_K][THREAD_M], b[STEP_K][THREAD_N];
+    REAL a[THREAD_M], b[THREAD_N];
 };
 
 struct Accumulators {
     REAL c[THREAD_M][THREAD_N];
 };
 
+// A warp is 4 threads down and 8 across, which need the least of both operands. Neighbouring threads own neighbouring vectors.
 struct Place {
     int across, down;
 
     __device__ __forceinline__ explicit Place(int thread) {
-        across = thread % ACROSS;
-        down = thread / ACROSS;
+        const int lane = thread % 32, warp = thread / 32;
+        across = warp % (ACROSS / 8) * 8 + lane % 8;
+        down = warp / (ACROSS / 8) * 4 + lane / 8;
     }
 
-    // Where an operand is read along k the outputs of neighbouring threads are neighbours; elsewhere vectors of them are.
-    __device__ __forceinline__ int row_of(int i) const {
-        return TRANS_A ? i / WIDTH * (DOWN * WIDTH) + down * WIDTH + i % WIDTH : i * DOWN + down;
-    }
-    __device__ __forceinline__ int column_of(int j) const {
-        return TRANS_B ? j * ACROSS + across : j / WIDTH * (ACROSS * WIDTH) + across * WIDTH + j % WIDTH;
-    }
+    __device__ __forceinline__ int row_of(int i) const { return i / WIDTH * (DOWN * WIDTH) + down * WIDTH + i % WIDTH; }
+    __device__ __forceinline__ int column_of(int j) const { return j / WIDTH * (ACROSS * WIDTH) + across * WIDTH + j % WIDTH; }
 };
 
-__device__ __forceinline__ void load_fragments(Fragments& f, const REAL* stage, int step, const Place& at) {
-    const REAL* a = stage;
-    const REAL* b = stage + SIZE_A;
-    const int k = step * STEP_K;
-    if constexpr (TRANS_A) {
+__device__ __forceinline__ void load_fragments(Fragments& f, const REAL* stage, int k, const Place& at) {
+    const REAL* a = stage + k * LD_A;
+    const REAL* b = stage + SIZE_A + k * LD_B;
 #pragma unroll
-        for (int s = 0; s < STEP_K; ++s)
+    for (int i = 0; i < THREAD_M; i += WIDTH) {
+        const auto v = load_vector<WIDTH>(a + at.row_of(i));
 #pragma unroll
-            for (int i = 0; i < THREAD_M; i += WIDTH) {
-                const auto v = load_vector<WIDTH>(a + (k + s) * LD_A + at.row_of(i));
-#pragma unroll
-                for (int e = 0; e < WIDTH; ++e) f.a[s][i + e] = v.v[e];
-            }
-    } else {
-#pragma unroll
-        for (int i = 0; i < THREAD_M; ++i) {
-            const auto v = load_vector<STEP_K>(a + at.row_of(i) * LD_A + k);
-#pragma unroll
-            for (int s = 0; s < STEP_K; ++s) f.a[s][i] = v.v[s];
-        }
+        for (int e = 0; e < WIDTH; ++e) f.a[i + e] = v.v[e];
     }
-    if constexpr (TRANS_B) {
 #pragma unroll
-        for (int j = 0; j < THREAD_N; ++j) {
-            const auto v = load_vector<STEP_K>(b + at.column_of(j) * LD_B + k);
+    for (int j = 0; j < THREAD_N; j += WIDTH) {
+        const auto v = load_vector<WIDTH>(b + at.column_of(j));
 #pragma unroll
-            for (int s = 0; s < STEP_K; ++s) f.b[s][j] = v.v[s];
-        }
-    } else {
-#pragma unroll
-        for (int s = 0; s < STEP_K; ++s)
-#pragma unroll
-            for (int j = 0; j < THREAD_N; j += WIDTH) {
-                const auto v = load_vector<WIDTH>(b + (k + s) * LD_B + at.column_of(j));
-#pragma unroll
-                for (int e = 0; e < WIDTH; ++e) f.b[s][j + e] = v.v[e];
-            }
+        for (int e = 0; e < WIDTH; ++e) f.b[j + e] = v.v[e];
     }
 }
 
 __device__ __forceinline__ void multiply(Accumulators& acc, const Fragments& f) {
 #pragma unroll
-    for (int s = 0; s < STEP_K; ++s)
+    for (int i = 0; i < THREAD_M; ++i)
 #pragma unroll
-        for (int i = 0; i < THREAD_M; ++i)
-#pragma unroll
-            for (int j = 0; j < THREAD_N; ++j) acc.c[i][j] += f.a[s][i] * f.b[s][j];
+        for (int j = 0; j < THREAD_N; ++j) acc.c[i][j] += f.a[i] * f.b[j];
 }
 
 __device__ __forceinline__ void clear(Accumulators& acc) {
@@ -278,7 +256,12 @@ __device__ __forceinline__ void store(REAL* tile, const Accumulators& acc, const
 #pragma unroll
     for (int i = 0; i < THREAD_M; ++i)
 #pragma unroll
-        for (int j = 0; j < THREAD_N; ++j) tile[at.row_of(i) * LD_C + at.column_of(j)] = acc.c[i][j];
+        for (int j = 0; j < THREAD_N; j += WIDTH) {
+            Vector<WIDTH> v;
+#pragma unroll
+            for (int e = 0; e < WIDTH; ++e) v.v[e] = acc.c[i][j + e];
+            store_vector(tile + at.row_of(i) * LD_C + at.column_of(j), v);
+        }
 }
 
 #endif
@@ -333,28 +316,31 @@ struct Deal {
 
 // ------------------------------------------------------------------------------------------------ operands on their way
 
+template <int n>
 __device__ __forceinline__ void copy_elements(REAL* shared, const REAL* global, int valid) {
-    constexpr int bytes = VECTOR * sizeof(REAL);
+    constexpr int bytes = n * sizeof(REAL);
     if constexpr (bytes == 16) cp_async_16(shared, global, valid * static_cast<int>(sizeof(REAL)));
     if constexpr (bytes == 8) cp_async_8(shared, global, valid * static_cast<int>(sizeof(REAL)));
     if constexpr (bytes == 4) cp_async_4(shared, global, valid * static_cast<int>(sizeof(REAL)));
 }
 
-// One operand's way into a stage: tile[ROWS, COLUMNS], rows LD apart. A thread copies the same columns of every AT_ONCE-th row.
-template <int ROWS, int COLUMNS, int LD>
+// One operand's way into a stage: tile[ROWS, COLUMNS], or turned tile[COLUMNS, ROWS], in rows of LD. A thread copies the same
+// columns of every AT_ONCE-th row.
+template <int ROWS, int COLUMNS, int LD, bool TURN>
 struct Copies {
-    static constexpr int A_ROW = COLUMNS / VECTOR, AT_ONCE = THREADS / A_ROW;
-    static_assert(A_ROW * AT_ONCE == THREADS && ROWS % AT_ONCE == 0, "every thread makes the same number of copies");
+    static constexpr int EACH = TURN ? 1 : VECTOR, PER_ROW = COLUMNS / EACH, AT_ONCE = THREADS / PER_ROW;
+    static_assert(PER_ROW * AT_ONCE == THREADS && ROWS % AT_ONCE == 0, "every thread makes the same number of copies");
     int row, column;    // the thread's first element
 
-    __device__ __forceinline__ explicit Copies(int thread) : row(thread / A_ROW), column(thread % A_ROW * VECTOR) {}
+    __device__ __forceinline__ explicit Copies(int thread) : row(thread / PER_ROW), column(thread % PER_ROW * EACH) {}
+
+    __device__ __forceinline__ int place(int r) const { return TURN ? column * LD + row + r : (row + r) * LD + column; }
 
     // All of the tile; `from` is the thread's first element.
     __device__ __forceinline__ void whole(REAL* tile, const REAL* from, int ld) const {
-        tile += row * LD + column;
 #pragma unroll
         for (int r = 0; r < ROWS; r += AT_ONCE) {
-            copy_elements(tile + r * LD, from, VECTOR);
+            copy_elements<EACH>(tile + place(r), from, EACH);
             from += static_cast<size_t>(AT_ONCE) * ld;
         }
     }
@@ -362,12 +348,10 @@ struct Copies {
     // Its first `rows` rows and `columns` columns, and zeros; row_of(r) points to row r.
     template <class RowOf>
     __device__ __forceinline__ void part(REAL* tile, int rows, int columns, const RowOf& row_of) const {
-        const int valid = max(0, min(columns - column, VECTOR));
+        const int valid = max(0, min(columns - column, EACH));
 #pragma unroll
-        for (int i = 0; i < ROWS; i += AT_ONCE) {
-            const int r = i + row;
-            copy_elements(tile + r * LD + column, row_of(r) + column, r < rows ? valid : 0);
-        }
+        for (int r = 0; r < ROWS; r += AT_ONCE)
+            copy_elements<EACH>(tile + place(r), row_of(row + r) + column, row + r < rows ? valid : 0);
     }
 };
 
@@ -380,8 +364,8 @@ struct Operands {
 
 // The operands of one tile of C on their way to shared memory, one depth after another.
 struct Feed {
-    using CopiesA = Copies<ROWS_A, COLUMNS_A, LD_A>;
-    using CopiesB = Copies<ROWS_B, COLUMNS_B, LD_B>;
+    using CopiesA = Copies<ROWS_A, COLUMNS_A, LD_A, TURN_A>;
+    using CopiesB = Copies<ROWS_B, COLUMNS_B, LD_B, TURN_B>;
     const Operands& from;
     const Part& part;    // in shared memory
     const bool inside;   // the tile lies wholly in C
@@ -457,7 +441,7 @@ __device__ __forceinline__ void multiply_tiles(Accumulators& acc, REAL* shared, 
         if (ahead < end) feed.fill(stage == shared ? last : stage - STAGE, ahead);   // the stage before this one is free
         cp_async_commit();
         REAL* const next = stage == last ? shared : stage + STAGE;
-#pragma unroll 1
+#pragma unroll TOGETHER
         for (int step = 0; step < STEPS; step += 2) {
             load_fragments(odd, stage, step + 1, at);
             multiply(acc, even);
@@ -559,8 +543,8 @@ __device__ __forceinline__ void sum_parts(
 // A block owns whole tiles of C, one after another, and an equal share of the depth of those that would not fill the device
 // once more; a warp (or thread) owns the same part of each tile. Blocks of one tile leave their parts in `partial`; the last
 // to arrive adds them in their order and finishes the tile: no block waits, and the order of arrival changes no bit.
-// Tiles are as large as fills the device, because L2 delivers no more than ~25 bytes a clock to each multiprocessor: a step
-// of 8 in depth takes 4 KB for ~160 clocks of tensor cores with a tile of 64x64, 8 KB for ~620 with one of 128x128.
+// Tiles are as large as still fill the device, because L2 delivers ~25 bytes a clock to each multiprocessor: 8 in depth are
+// 4 KB for ~160 clocks of tensor cores in a tile of 64x64, 8 KB for ~620 in one of 128x128.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_kernel(
     const REAL* __restrict__ A,      // [M,K], or [K-lead,M] transposed
     const REAL* __restrict__ head,   // [lead,M], transposed A only

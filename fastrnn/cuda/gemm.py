@@ -22,8 +22,10 @@ PLAIN, BIAS, TANH, TANH_BACKWARD = range(4)
 
 VECTOR_BYTES = 16
 
+# What the choice of a plan rests on, in clocks of a multiprocessor. Ratios matter, not the values.
 MMA_CLOCKS = 6.5 / 4
-"""Clocks that a multiprocessor's four tensor cores take for an m16n8k8, measured on sm_90."""
+"""For an m16n8k8 in TF32, of which a multiprocessor's tensor cores do four at a time: the 300
+TFLOP/s that mma.sync reaches on the 132 multiprocessors of an H200."""
 L2_BYTES = 25
 """Bytes a clock that L2 gives each multiprocessor when all ask."""
 TILE_CLOCKS = 1500
@@ -82,7 +84,7 @@ TENSOR_TILES = (
     Tile(32, 64, 32, stages=4, blocks=3, warps=(1, 2, 2)),
 )
 FLOAT_TILES = (
-    Tile(128, 128, 16, stages=3, blocks=1, thread=(8, 8)),
+    Tile(128, 128, 16, stages=3, blocks=2, thread=(8, 8)),
     Tile(64, 64, 16, stages=3, blocks=3, thread=(8, 4)),
 )
 DOUBLE_TILES = (Tile(64, 64, 16, stages=3, blocks=2, thread=(8, 4)),)
@@ -136,13 +138,19 @@ def kernel(tile: Tile, dtype: Any, trans_a: bool, trans_b: bool, vector: int) ->
     """The kernel for a tile; ``vector`` elements are copied to shared memory at a time."""
     size = np.dtype(dtype).itemsize
     wide = VECTOR_BYTES // size
-    # Rows read along k are 16 bytes longer than a power of two: neighbouring rows begin in other
-    # banks. Rows read across k are a quarter of the banks longer: so do the four k of a fragment.
-    ld_a = tile.m + 8 if trans_a else tile.k + wide
-    ld_b = tile.k + wide if trans_b else tile.n + 8
-    # Sums are written as vectors of four columns, or of two where B is read along k.
-    ld_c = tile.n + (8 if tile.warps and trans_b else wide)
-    rows_a, rows_b = (tile.k if trans_a else tile.m), (tile.n if trans_b else tile.k)
+    # Rows in shared memory begin at multiples of 16 bytes, neighbouring ones in other banks. Where
+    # a fragment takes four of them at once, as of tensor-core operands across k, they are a
+    # quarter of the banks apart.
+    ld_a, ld_b, ld_c = tile.m + wide, tile.n + wide, tile.n + wide
+    rows_a, rows_b = tile.k, tile.k
+    if tile.warps:
+        ld_a = tile.m + 8 if trans_a else tile.k + wide
+        ld_b = tile.k + wide if trans_b else tile.n + 8
+        rows_a, rows_b = (tile.k if trans_a else tile.m), (tile.n if trans_b else tile.k)
+        # Sums are stored as vectors of four columns, or of two where B lies along k.
+        ld_c = tile.n + (8 if trans_b else 4)
+    elif trans_b:
+        vector = 1  # both operands are turned, element by element
     defines: dict[str, int | str] = {
         "REAL": real(dtype),
         "TENSOR_CORES": int(tile.warps is not None),
@@ -186,7 +194,7 @@ def kernel(tile: Tile, dtype: Any, trans_a: bool, trans_b: bool, vector: int) ->
 
 def variants() -> list[Kernel]:
     """Every kernel that :func:`gemm` can launch."""
-    return [
+    found = [
         kernel(tile, dtype, trans_a, trans_b, vector)
         for dtype, choice in (
             ("float32", TENSOR_TILES),
@@ -197,6 +205,7 @@ def variants() -> list[Kernel]:
         for trans_a, trans_b in ((False, False), (False, True), (True, False))
         for vector in (VECTOR_BYTES // np.dtype(dtype).itemsize, 1)
     ]
+    return list(dict.fromkeys(found))
 
 
 def plans(
