@@ -118,12 +118,10 @@ __device__ __forceinline__ void store_row(REAL (&x)[VECTORS][WIDTH], REAL scale,
 // of the next row to its own place in shared memory meanwhile (nobody else reads it: no barrier); else there are many blocks.
 #if PREFETCH
 __device__ __forceinline__ void fetch_row(REAL* ahead, const REAL* in, int left) {
-#pragma unroll
-    for (int u = 0; u < VECTORS; ++u) {
-        if (u * STRIDE < left) {
-            if (WIDTH * sizeof(REAL) == 16) cp_async_16(ahead + u * STRIDE, in + u * STRIDE);
-            else cp_async_4(ahead + u * STRIDE, in + u * STRIDE);
-        }
+#pragma unroll 4
+    for (int column = 0; column < min(left, SLICE); column += STRIDE) {
+        if (WIDTH * sizeof(REAL) == 16) cp_async_16(ahead + column, in + column);
+        else cp_async_4(ahead + column, in + column);
     }
     cp_async_commit();
 }
@@ -194,6 +192,7 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
             store_cluster(cluster_map(shared_address_of(&maxima[half][part]), lane), maximum);
             store_cluster(cluster_map(shared_address_of(&sums[half][part]), lane), sum);
         }
+        __syncwarp();
         cluster_sync();   // the last access to another block's memory lies before it
         merge(maxima[half], sums[half], maximum, sum);
 #elif SHARED_ROW

@@ -61,40 +61,33 @@ class _Shape:
             blocks=self.blocks,
             min_capability=first,
             without=tuple(c for c in CAPABILITIES if c > last),
-            opcodes=("LDG\\.E[.\\w]*\\.128", "STG\\.E[.\\w]*\\.128") if width > 1 else (),
+            opcodes=self._opcodes(width),
         )
+
+    def _opcodes(self, width: int) -> tuple[str, ...]:
+        load = "LDGSTS\\.E" if self.prefetch else "LDG\\.E"
+        if width > 1:
+            return f"{load}[.\\w]*\\.128", "STG\\.E[.\\w]*\\.128"
+        return (load,) if self.prefetch else ()
 
 
 # Ascending by columns; a row goes to the first that holds it. Registers bound values x blocks; a
 # multiprocessor of compute capability 7.5 has room for 1,024 threads, later ones for 1,536 or more,
 # and copy to shared memory asynchronously.
-_FIRST = (
+_FLOAT = (
     _Shape(32, 256, 4, 4),
     _Shape(32, 256, 16, 4),
     _Shape(128, 128, 12, 8, capabilities=(75, 75)),
     _Shape(128, 128, 12, 10, capabilities=(80, 120)),
-)
-_LAST = _Shape(512, 512, 16, 2, long=True)
-_WIDE = (
-    *_FIRST,
-    _Shape(256, 256, 28, 4, capabilities=(75, 75)),
+    _Shape(256, 256, 28, 3, capabilities=(75, 75)),
     _Shape(256, 256, 28, 3, prefetch=True, capabilities=(80, 120)),
     _Shape(512, 512, 20, 2, capabilities=(75, 75)),
     _Shape(512, 512, 20, 2, prefetch=True, capabilities=(80, 120)),
     _Shape(256, 256, 28, 3, cluster=4, prefetch=True, capabilities=(90, 120)),
     _Shape(256, 256, 28, 3, cluster=8, prefetch=True, capabilities=(90, 120)),
-    _LAST,
 )
-_NARROW = (
-    *_FIRST,
-    _Shape(256, 256, 28, 3, capabilities=(75, 75)),
-    _Shape(256, 256, 28, 2, prefetch=True, capabilities=(80, 120)),
-    _Shape(512, 512, 20, 2, capabilities=(75, 75)),
-    _Shape(512, 512, 20, 2, prefetch=True, capabilities=(80, 120)),
-    _Shape(256, 256, 28, 2, cluster=4, prefetch=True, capabilities=(90, 120)),
-    _Shape(256, 256, 28, 2, cluster=8, prefetch=True, capabilities=(90, 120)),
-    _LAST,
-)
+_WIDE = (*_FLOAT, _Shape(512, 512, 16, 2, long=True))
+_NARROW = (*_FLOAT, _Shape(512, 512, 12, 2, long=True))
 _DOUBLE = (
     _Shape(32, 256, 4, 4),
     _Shape(32, 256, 16, 2),
