@@ -278,7 +278,7 @@ def test_a_wrong_kernel_is_rejected(fault: str, tmp_path: Path) -> None:
 
 def wrong_last_block(wrong: str, folder: Path) -> dict[str, Path]:
     """``sources`` in which a block finds out otherwise whether it is the last."""
-    right = "count_up(counter, gridDim.x - 1) == gridDim.x - 1"
+    right = "(counter, gridDim.x - 1) == gridDim.x - 1"
     text = (KERNELS / "vector.cuh").read_text(encoding="utf-8")
     assert text.count(right) == 1
     (folder / "vector.cuh").write_text(text.replace(right, wrong), encoding="utf-8")
@@ -287,7 +287,7 @@ def wrong_last_block(wrong: str, folder: Path) -> dict[str, Path]:
 
 
 def test_a_counter_that_is_not_reset_is_rejected(tmp_path: Path) -> None:
-    sources = wrong_last_block("count_up(counter, ~0u) == gridDim.x - 1", tmp_path)
+    sources = wrong_last_block("(counter, ~0u) == gridDim.x - 1", tmp_path)
     assert rejects(emulated(multiprocessors=1, sources=sources), 1027, 1028)
 
 
@@ -312,6 +312,7 @@ def test_the_race_checker_sees_rows_that_share_their_parts(tmp_path: Path) -> No
 
 def test_the_race_checker_sees_a_block_that_does_not_wait_for_the_others(tmp_path: Path) -> None:
     rows = Rows(13, 30, 32, np.float32)
-    device = sanitized("thread", multiprocessors=1, sources=wrong_last_block("true", tmp_path))
+    sources = wrong_last_block("(counter, gridDim.x - 1) < gridDim.x", tmp_path)  # always
+    device = sanitized("thread", multiprocessors=1, sources=sources)
     with pytest.raises(SanitizerError, match="data race"):
         Result(device, rows, 0)
