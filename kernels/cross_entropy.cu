@@ -5,7 +5,7 @@
 // -DREAL=float|double. -DWIDTH: values of one access; 16 bytes of them where all rows are so aligned, else 1.
 // -DTHREADS of a block, -DROW_THREADS that share a row (a warp, or the block), -DVALUES of a thread, -DBLOCKS a
 // multiprocessor, -DCLUSTER: blocks that share a row. The kernel that keeps rows on chip (LONG_ROWS 0) serves
-// ld <= ROW_THREADS * VALUES * CLUSTER, the other (LONG_ROWS 1) any ld.
+// ld <= ROW_THREADS * VALUES * CLUSTER, the other (LONG_ROWS 1) any ld. -DPREFETCH 1: the next row waits in shared memory.
 //
 // Bytes: one read and one write of the logits. 9.2 MB at T*B = 1120, V = 1027; 26 GB at T*B = 64k, V = 50k, float32.
 #include "vector.cuh"
@@ -114,7 +114,19 @@ __device__ __forceinline__ void store_row(REAL (&x)[VECTORS][WIDTH], REAL scale,
 // loss [] (null: not wanted) and its counter, which is zero before and after.
 // A thread owns VALUES columns of a row in registers; a warp, a block or a cluster of blocks owns the row.
 // One exchange a row: every warp takes exponentials relative to its own maximum, and what it stored is rescaled.
-// Many blocks a multiprocessor: some load while others compute or store.
+// Loads are in flight all the time: where registers leave room for few blocks a multiprocessor, each thread copies its part
+// of the next row to its own place in shared memory meanwhile (nobody else reads it: no barrier); else there are many blocks.
+#if PREFETCH
+__device__ __forceinline__ void fetch_row(REAL* ahead, const REAL* in, int left) {
+#pragma unroll 4
+    for (int column = 0; column < min(left, SLICE); column += STRIDE) {
+        if (WIDTH * sizeof(REAL) == 16) cp_async_16(ahead + column, in + column);
+        else cp_async_4(ahead + column, in + column);
+    }
+    cp_async_commit();
+}
+#endif
+
 extern "C" __global__ CLUSTER_DIMS void __launch_bounds__(THREADS, BLOCKS)
 cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* __restrict__ cursor, REAL* dlogits,
                      REAL* losses, REAL* loss, uint32_t* counter, int rows, int V, int ld, REAL inverse_rows) {
@@ -134,14 +146,28 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
 #endif
     const int base = first + static_cast<int>(threadIdx.x) % ROW_THREADS * WIDTH, left = V - base, room = ld - base;
     const size_t due = cursor ? cursor[0] : 0;
+#if PREFETCH
+    static_assert(WIDTH * sizeof(REAL) == 16 || sizeof(REAL) == 4, "what cp.async copies");
+    DYNAMIC_SHARED(REAL, next_row);
+    REAL* ahead = next_row + threadIdx.x * WIDTH;
+    if (row < rows) fetch_row(ahead, logits + static_cast<size_t>(row) * ld + base, left);
+#endif
 
     for (int half = 0; row < rows; row += step, half ^= 1) {
         const size_t at = static_cast<size_t>(row) * ld + base;
         const REAL* in = logits + at;
         REAL x[VECTORS][WIDTH];
+#if PREFETCH
+        cp_async_wait<0>();
+        load_row(x, left, [ahead](REAL(&v)[WIDTH], int column) { load(v, ahead + column); });   // logits[r,v..]
+#else
         load_row(x, left, [in](REAL(&v)[WIDTH], int column) { load_once(v, in + column); });   // logits[r,v..]
+#endif
         const int target = y[due * rows + row];   // first used below: waits for the cursor, the logits do not
         REAL maximum = warp_max(largest(x, -INFINITE_REAL));
+#if PREFETCH   // the maximum has used every value of this row: its place may be overwritten
+        if (row + step < rows) fetch_row(ahead, in + static_cast<size_t>(step) * ld, left);
+#endif
         const REAL own = maximum;
         REAL sum = REAL(0);
 #pragma unroll
@@ -166,6 +192,7 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
             store_cluster(cluster_map(shared_address_of(&maxima[half][part]), lane), maximum);
             store_cluster(cluster_map(shared_address_of(&sums[half][part]), lane), sum);
         }
+        __syncwarp();
         cluster_sync();   // the last access to another block's memory lies before it
         merge(maxima[half], sums[half], maximum, sum);
 #elif SHARED_ROW

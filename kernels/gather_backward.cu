@@ -222,7 +222,7 @@ bounds_kernel(const int2* __restrict__ order, int* __restrict__ bounds, int rows
 // [chunks,H]: sums of the runs cut at the chunk's start and end, and of the whole chunk; cut [chunks]: token of `tail`, or -1.
 // A group of 2^log2_columns threads owns a chunk, a thread WIDTH columns of it; further groups own ADD_ZEROS tokens each.
 // SCATTER_UNROLL rows are in flight a thread, no barrier anywhere, and control flow is the same in a group.
-constexpr int SCATTER_THREADS = 128, SCATTER_BLOCKS = 6, SCATTER_UNROLL = 8, ZERO_TOKENS = 8;
+constexpr int SCATTER_THREADS = 128, SCATTER_BLOCKS = 5, SCATTER_UNROLL = 8, ZERO_TOKENS = 8;
 
 extern "C" __global__ void __launch_bounds__(SCATTER_THREADS, SCATTER_BLOCKS)
 scatter_add_kernel(const REAL* __restrict__ dz, const int2* __restrict__ order, const int* __restrict__ bounds,

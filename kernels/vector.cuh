@@ -4,8 +4,7 @@
 
 #include "ptx.cuh"
 
-// x = p[0..width). `load_once` marks the line as the first to leave the caches; `load_shared` reads from L2 what other
-// blocks of the same grid wrote.
+// x = p[0..width). `load_once` marks the line as the first to leave the caches.
 #define FASTRNN_LOAD(name, read)                                                                                  \
     __device__ __forceinline__ void name(float (&x)[1], const float* p) { x[0] = read(p); }                       \
     __device__ __forceinline__ void name(double (&x)[1], const double* p) { x[0] = read(p); }                     \
@@ -20,7 +19,6 @@
 #define FASTRNN_PLAIN_READ(p) (*(p))
 FASTRNN_LOAD(load, FASTRNN_PLAIN_READ)
 FASTRNN_LOAD(load_once, __ldcs)
-FASTRNN_LOAD(load_shared, __ldcg)
 #undef FASTRNN_PLAIN_READ
 #undef FASTRNN_LOAD
 

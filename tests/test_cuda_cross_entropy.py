@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fastrnn.backends.numpy_ import NumpyBackend
 from fastrnn.cuda import cross_entropy as launch
 from fastrnn.cuda.device import KERNELS, Device, Kernel
 from tests.cuda_sanitized import sanitized
@@ -33,18 +34,21 @@ CASES = [
     ("float32", 90, 1027, 1027),
     ("float32", 90, 1535, 1536),
     ("float32", 90, 3000, 3000),
+    ("float32", 75, 7167, 7167),
+    ("float32", 75, 1537, 1540),
     ("float32", 89, 7167, 7167),
     ("float32", 100, 7166, 7168),
+    ("float32", 75, 7169, 7172),
+    ("float32", 75, 10_239, 10_239),
     ("float32", 86, 7169, 7172),
-    ("float32", 90, 12_287, 12_287),
-    ("float32", 90, 12_289, 12_292),
+    ("float32", 90, 10_239, 10_239),
+    ("float32", 90, 10_241, 10_244),
     ("float32", 90, 28_671, 28_671),
-    ("float32", 120, 12_290, 12_292),
     ("float32", 90, 57_341, 57_344),
-    ("float32", 90, 50_257, 50_257),
-    ("float32", 100, 28_673, 28_676),
-    ("float32", 75, 12_289, 12_292),
+    ("float32", 120, 50_257, 50_257),
+    ("float32", 75, 10_241, 10_244),
     ("float32", 80, 20_481, 20_481),
+    ("float32", 90, 57_345, 57_345),
     ("float64", 90, 7, 7),
     ("float64", 90, 512, 512),
     ("float64", 75, 1027, 1028),
@@ -63,18 +67,18 @@ class Rows:
         self.targets = rng.integers(0, V, (3, rows)).astype(np.int32)
         self.targets[1, :2] = 0, V - 1
 
-    def oracle(self, step: int, dtype: Any = np.float64) -> tuple[Any, NDArray[Any]]:
-        """Losses and dlogits without padding."""
-        x = self.logits[:, : self.V].astype(dtype)
+    def oracle(self, step: int) -> tuple[Any, NDArray[Any]]:
+        """Losses and dlogits without padding, in float64."""
+        x = self.logits[:, : self.V].astype(np.float64)
         index = np.arange(len(x)), self.targets[step][: len(x)]
         with np.errstate(invalid="ignore", divide="ignore"):
             shifted = x - x.max(axis=1, keepdims=True)
             p = np.exp(shifted)
-            total = p.sum(axis=1, dtype=dtype)
+            total = p.sum(axis=1)
             losses = np.log(total) - shifted[index]
             p /= total[:, None]
             p[index] -= 1
-            return losses, p / dtype(len(x))
+            return losses, p / len(x)
 
 
 class Result:
@@ -109,15 +113,16 @@ def check(rows: Rows, got: Result, step: int) -> None:
 @pytest.mark.parametrize("inplace", [True, False], ids=["in place", "apart"])
 @pytest.mark.parametrize(("dtype", "capability", "V", "ld"), CASES)
 def test_cross_entropy(dtype: str, capability: int, V: int, ld: int, inplace: bool) -> None:
-    rows = Rows(3 if V > 5000 else 19, V, ld, dtype)
+    rows = Rows(7 if V > 5000 else 19, V, ld, dtype)  # more than a wave
     device = emulated(capability, multiprocessors=1)
     got = Result(device, rows, 1, inplace)
     check(rows, got, 1)
-    if not inplace:  # at least as good as the same formula in NumPy, within twice its error
+    if not inplace:  # no worse than twice the error of the NumPy backend in the same dtype
         _, want = rows.oracle(1)
-        plain = rows.oracle(1, np.dtype(dtype).type)[1] - want
-        error = got.dlogits[:, :V] - want
-        assert np.linalg.norm(error) <= 2 * np.linalg.norm(plain) + 1e-9 * np.linalg.norm(want)
+        logits = np.ascontiguousarray(rows.logits[None, :, :V])
+        _, plain = NumpyBackend().cross_entropy(logits, rows.targets[1][None])
+        error, allowed = (np.linalg.norm(d - want) for d in (got.dlogits[:, :V], plain[0]))
+        assert error <= 2 * allowed
 
 
 def test_the_cases_above_launch_every_kernel() -> None:
@@ -132,7 +137,7 @@ def test_the_cases_above_launch_every_kernel() -> None:
 @pytest.mark.parametrize("scale", [1e4, 1e30], ids=["1e4", "1e30"])
 @pytest.mark.parametrize(
     ("capability", "V", "ld"),
-    [(90, 100, 100), (90, 1027, 1028), (90, 13_000, 13_000), (75, 13_000, 13_000)],
+    [(90, 100, 100), (90, 1027, 1028), (90, 10_500, 10_500), (75, 10_500, 10_500)],
 )
 def test_huge_logits(capability: int, V: int, ld: int, scale: float) -> None:
     rows = Rows(5, V, ld, np.float32, scale)
@@ -141,7 +146,7 @@ def test_huge_logits(capability: int, V: int, ld: int, scale: float) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "V", "ld"),
-    [(90, 100, 104), (90, 1027, 1028), (90, 13_000, 13_000), (75, 13_000, 13_000)],
+    [(90, 100, 104), (90, 1027, 1028), (90, 10_500, 10_500), (75, 10_500, 10_500)],
 )
 def test_values_that_are_not_finite(capability: int, V: int, ld: int) -> None:
     """NaN, +inf or nothing but -inf makes a row of NaN, -inf a weight of zero; as in torch."""
@@ -174,7 +179,7 @@ def test_the_mean_may_be_left_to_another_kernel() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "V", "ld"),
-    [(90, 30, 32), (90, 1027, 1027), (90, 12_300, 12_300), (75, 12_300, 12_300)],
+    [(90, 30, 32), (90, 1027, 1027), (90, 10_300, 10_300), (75, 10_300, 10_300)],
 )
 def test_the_same_bits_in_any_order_of_threads(capability: int, V: int, ld: int) -> None:
     rows = Rows(21 if V < 5000 else 5, V, ld, np.float32)
@@ -197,16 +202,22 @@ WRONG = {
         "",
         (90, 1027, 1028),
     ),
+    "a row used before it has come": ("        cp_async_wait<0>();\n", "", (90, 7000, 7000)),
+    "the next row fetched from the wrong place": (
+        "in + static_cast<size_t>(step) * ld, left",
+        "in + ld, left",
+        (90, 7000, 7000),
+    ),
     "two rows share their parts": ("row += step, half ^= 1", "row += step", (90, 1027, 1028)),
     "no barrier in the cluster": (
         "        cluster_sync();   // the last access to another block's memory lies before it\n",
         "",
-        (90, 12_300, 12_300),
+        (90, 10_300, 10_300),
     ),
     "a block is told only its own part": (
         "if (lane < CLUSTER)",
         "if (lane == rank)",
-        (90, 12_300, 12_300),
+        (90, 10_300, 10_300),
     ),
     "exponentials relative to the warp's maximum left so": (
         "rescale(own, maximum) * inverse_rows / sum",
@@ -216,12 +227,12 @@ WRONG = {
     "a running sum without rescaling": (
         "sum *= rescale(before, maximum);",
         "",
-        (75, 12_300, 12_300),
+        (75, 10_300, 10_300),
     ),
     "threads merged without rescaling": (
         "warp_sum(sum * rescale(own, maximum))",
         "warp_sum(sum)",
-        (75, 12_300, 12_300),
+        (75, 10_300, 10_300),
     ),
     "padding read as data": (
         "if (u * STRIDE + i >= left) x[u][i] = -INFINITE_REAL;",
@@ -267,7 +278,7 @@ def test_a_wrong_kernel_is_rejected(fault: str, tmp_path: Path) -> None:
 
 def wrong_last_block(wrong: str, folder: Path) -> dict[str, Path]:
     """``sources`` in which a block finds out otherwise whether it is the last."""
-    right = "count_up(counter, gridDim.x - 1) == gridDim.x - 1"
+    right = "(counter, gridDim.x - 1) == gridDim.x - 1"
     text = (KERNELS / "vector.cuh").read_text(encoding="utf-8")
     assert text.count(right) == 1
     (folder / "vector.cuh").write_text(text.replace(right, wrong), encoding="utf-8")
@@ -276,14 +287,14 @@ def wrong_last_block(wrong: str, folder: Path) -> dict[str, Path]:
 
 
 def test_a_counter_that_is_not_reset_is_rejected(tmp_path: Path) -> None:
-    sources = wrong_last_block("count_up(counter, ~0u) == gridDim.x - 1", tmp_path)
+    sources = wrong_last_block("(counter, ~0u) == gridDim.x - 1", tmp_path)
     assert rejects(emulated(multiprocessors=1, sources=sources), 1027, 1028)
 
 
 @pytest.mark.parametrize("kind", ["address", "thread"])
 @pytest.mark.parametrize(
     ("capability", "V", "ld"),
-    [(90, 30, 32), (90, 1027, 1028), (90, 12_290, 12_292), (75, 12_290, 12_290)],
+    [(90, 30, 32), (90, 1027, 1028), (90, 10_290, 10_292), (75, 10_290, 10_290)],
 )
 def test_under_a_sanitizer(kind: Sanitizer, capability: int, V: int, ld: int) -> None:
     rows = Rows(13 if V < 1000 else 4, V, ld, np.float32)
@@ -301,6 +312,7 @@ def test_the_race_checker_sees_rows_that_share_their_parts(tmp_path: Path) -> No
 
 def test_the_race_checker_sees_a_block_that_does_not_wait_for_the_others(tmp_path: Path) -> None:
     rows = Rows(13, 30, 32, np.float32)
-    device = sanitized("thread", multiprocessors=1, sources=wrong_last_block("true", tmp_path))
+    sources = wrong_last_block("(counter, gridDim.x - 1) < gridDim.x", tmp_path)  # always
+    device = sanitized("thread", multiprocessors=1, sources=sources)
     with pytest.raises(SanitizerError, match="data race"):
         Result(device, rows, 0)

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fastrnn.cuda import gather as launch
+from fastrnn.cuda.clip_sgd import record
 from fastrnn.cuda.device import Device
 from tests.conftest import Inputs
 from tests.cuda_sanitized import sanitized, scratch_of
@@ -113,6 +114,23 @@ def test_gather_keeps_nan() -> None:
     x = np.array([[1], [2]], np.int32)
     launch.gather(device, device.put(W_xh), device.put(x), device.put(np.zeros(4, np.float32)), z)
     np.testing.assert_array_equal(np.isnan(z), np.isnan(W_xh[x]))
+
+
+def test_a_captured_step_reads_the_row_that_is_due() -> None:
+    device, inputs = emulated(), Inputs(4, 3, 8, 11, np.float32)
+    x, W_xh, b_h = inputs.tokens(3, 4, 3), inputs.array(11, 8), inputs.array(8)
+    weights, tokens, bias = map(device.put, (W_xh, x, b_h))
+    z, one = device.empty((4, 3, 8), np.float32), device.put(np.ones((), np.float32))
+    cursor, totals = device.put(np.zeros(1, np.int32)), device.put(np.zeros(4))
+
+    def step() -> None:
+        launch.gather(device, weights, tokens, bias, z, cursor)
+        record(device, one, one, totals, cursor)
+
+    graph = device.capture(step)
+    for row in x:
+        graph.launch()
+        np.testing.assert_array_equal(z, W_xh[row] + b_h)
 
 
 # --- sort ------------------------------------------------------------------------------------

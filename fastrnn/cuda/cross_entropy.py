@@ -16,8 +16,9 @@ class _Shape:
 
     Attributes:
         row_threads: that share a row in a block. threads: of a block. values: of a row a thread.
-        blocks: a multiprocessor. cluster: blocks that share a row. long: whether a row may have
-            more columns than its threads hold. capabilities: first and last that use it.
+        blocks: a multiprocessor. cluster: blocks that share a row. prefetch: whether the next row
+            waits in shared memory. long: whether a row may have more columns than its threads hold.
+        capabilities: first and last that use it.
     """
 
     row_threads: int
@@ -25,6 +26,7 @@ class _Shape:
     values: int
     blocks: int
     cluster: int = 1
+    prefetch: bool = False
     long: bool = False
     capabilities: tuple[int, int] = (75, 120)
 
@@ -52,44 +54,40 @@ class _Shape:
                 ("BLOCKS", self.blocks),
                 ("CLUSTER", self.cluster),
                 ("LONG_ROWS", int(self.long)),
+                ("PREFETCH", int(self.prefetch)),
             ),
+            shared_bytes=4 * self.row_threads * self.values if self.prefetch else 0,
             cluster=self.cluster,
             blocks=self.blocks,
             min_capability=first,
             without=tuple(c for c in CAPABILITIES if c > last),
-            opcodes=("LDG\\.E[.\\w]*\\.128", "STG\\.E[.\\w]*\\.128") if width > 1 else (),
+            opcodes=self._opcodes(width),
         )
 
+    def _opcodes(self, width: int) -> tuple[str, ...]:
+        load = "LDGSTS\\.E" if self.prefetch else "LDG\\.E"
+        if width > 1:
+            return f"{load}[.\\w]*\\.128", "STG\\.E[.\\w]*\\.128"
+        return (load,) if self.prefetch else ()
 
-# Ascending by columns; a row goes to the first that holds it. Registers bound values x blocks. A
-# multiprocessor of compute capability 7.5 has room for 1,024 threads, later ones for 1,536; from
-# 10.0 on the compiler needs more registers.
-_FIRST = (
+
+# Ascending by columns; a row goes to the first that holds it. Registers bound values x blocks; a
+# multiprocessor of compute capability 7.5 has room for 1,024 threads, later ones for 1,536 or more,
+# and copy to shared memory asynchronously.
+_FLOAT = (
     _Shape(32, 256, 4, 4),
     _Shape(32, 256, 16, 4),
     _Shape(128, 128, 12, 8, capabilities=(75, 75)),
     _Shape(128, 128, 12, 10, capabilities=(80, 120)),
+    _Shape(256, 256, 28, 3, capabilities=(75, 75)),
+    _Shape(256, 256, 28, 3, prefetch=True, capabilities=(80, 120)),
+    _Shape(512, 512, 20, 2, capabilities=(75, 75)),
+    _Shape(512, 512, 20, 2, prefetch=True, capabilities=(80, 120)),
+    _Shape(256, 256, 28, 3, cluster=4, prefetch=True, capabilities=(90, 120)),
+    _Shape(256, 256, 28, 3, cluster=8, prefetch=True, capabilities=(90, 120)),
 )
-_LAST = _Shape(512, 512, 16, 2, long=True)
-_WIDE = (
-    *_FIRST,
-    _Shape(256, 256, 28, 4, capabilities=(75, 90)),
-    _Shape(256, 256, 28, 3, capabilities=(100, 120)),
-    _Shape(512, 512, 24, 2),
-    _Shape(256, 256, 28, 4, cluster=4, capabilities=(90, 90)),
-    _Shape(256, 256, 28, 3, cluster=4, capabilities=(100, 120)),
-    _Shape(256, 256, 28, 4, cluster=8, capabilities=(90, 90)),
-    _Shape(256, 256, 28, 3, cluster=8, capabilities=(100, 120)),
-    _LAST,
-)
-_NARROW = (
-    *_FIRST,
-    _Shape(256, 256, 28, 3),
-    _Shape(512, 512, 24, 2),
-    _Shape(256, 256, 28, 3, cluster=4, capabilities=(90, 120)),
-    _Shape(256, 256, 28, 3, cluster=8, capabilities=(90, 120)),
-    _LAST,
-)
+_WIDE = (*_FLOAT, _Shape(512, 512, 16, 2, long=True))
+_NARROW = (*_FLOAT, _Shape(512, 512, 12, 2, long=True))
 _DOUBLE = (
     _Shape(32, 256, 4, 4),
     _Shape(32, 256, 16, 2),
