@@ -195,7 +195,7 @@ class CupyDevice(Device):
                     code=code, options=(*self._options, *defines), backend="nvrtc"
                 )
             function = self._modules[key].get_function(kernel.name)
-            if kernel.shared_bytes > 48 * 1024:
+            if kernel.shared_bytes:  # with the static ones more than 48 KiB need the opt-in
                 function.max_dynamic_shared_size_bytes = kernel.shared_bytes
             self._functions[kernel] = function
             return function
