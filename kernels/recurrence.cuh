@@ -70,17 +70,22 @@ struct Tile {
     template <bool TRANSPOSED>
     static __device__ __forceinline__ void copy(float* chunks, const float* __restrict__ W_hh, int H, int first_k, int first_j,
                                                 int q) {
+        constexpr int LINE = TRANSPOSED ? ROWS : COLUMNS, STEP = THREADS / LINE;
+        static_assert(THREADS % LINE == 0);
         float* chunk = chunks + q % BUFFERS * (ROWS * COLUMNS);
         if (q < CHUNKS) {
+            const int fast = threadIdx.x % LINE, slow = threadIdx.x / LINE;
+            const int k = (first_k + q * ROWS) % SIZE;
+            const int row = (TRANSPOSED ? first_j : k) + slow, column = (TRANSPOSED ? k : first_j) + fast;   // of W_hh
+            const float* source = W_hh + row * H + column;
+            int rows_left = column < H ? H - row : 0;
 #pragma unroll COPIES
             for (int i = 0; i < ROWS * COLUMNS / THREADS; ++i) {
-                const int e = threadIdx.x + i * THREADS;
-                const int r = TRANSPOSED ? e % ROWS : e / COLUMNS;
-                const int column = TRANSPOSED ? e / ROWS : e % COLUMNS;
-                const int k = (first_k + q * ROWS) % SIZE + r, j = first_j + column;
-                const bool inside = k < H && j < H;
-                const int at = TRANSPOSED ? j * H + k : k * H + j;
-                cp_async_4(&chunk[chunk_place(r, column)], W_hh + (inside ? at : 0), inside ? 4 : 0);
+                const int other = slow + i * STEP;
+                float* place = &chunk[TRANSPOSED ? chunk_place(fast, other) : chunk_place(other, fast)];
+                cp_async_4(place, source, rows_left > 0 ? 4 : 0);
+                source += STEP * H;
+                rows_left -= STEP;
             }
         }
         cp_async_commit();
@@ -167,9 +172,9 @@ struct Tile {
 //   v_i[j] = value(addend_i[j] + Σ_k v_{i-1}[k] Wx[k,j]):
 // first(k) is v_{-1}[k]; begin() starts the loads, and first() ends there; advance(i) goes on to step i, whose addend was
 // loaded a step before; load(i + 1) then loads for the next; result is where v_i[j] belongs (after begin(): v_{-1}[j]).
-// Threads without an output of their own are given a j < H that another owns, and load what that one loads: loads are not
-// predicated, and the last one is repeated. Element [t,b,j] is written by its owner alone, who has read it before: z and h
-// may be one array, and so may dh and dz.
+// Threads without an output of their own are given a j < H that another owns, load what that one loads, and store nothing.
+// Element [t,b,j] is loaded before the barrier of step i - 1 and stored in step i by its owner: z and h may be one array,
+// and so may dh and dz.
 
 // v_i = h_t, t = i: the addend is z_t, the value its tanh.
 struct Forward {
@@ -178,7 +183,7 @@ struct Forward {
     float* result;
     int T;
     size_t stride;
-    float addend, next;
+    float addend, next = 0.0f;
 
     __device__ __forceinline__ Forward(int b, int j, int T_, int B, int H, const float* z_, const float* h0_, float* h) {
         T = T_;
@@ -189,8 +194,8 @@ struct Forward {
     }
     __device__ __forceinline__ float first(int k) const { return h0[k]; }
     __device__ __forceinline__ void load(int i) {
-        next = *z;
-        z += i + 1 < T ? stride : 0;
+        if (i < T) next = *z;
+        z += stride;
     }
     __device__ __forceinline__ void begin() { load(0); }
     __device__ __forceinline__ void advance(int i) {
@@ -207,8 +212,8 @@ struct Gathered {
     const int* x;             // x[t,b] of the next token to be loaded
     float* result;
     int T, B, H;
-    int token;                // of the next row to be loaded
-    float bias, addend, next;
+    int token = 0;            // of the next row to be loaded
+    float bias, addend, next = 0.0f;
 
     __device__ __forceinline__ Gathered(int b, int j, int T_, int B_, int H_, const int* x_, const int* cursor,
                                         const float* W_xh_, const float* b_h, const float* h0_, float* h) {
@@ -223,8 +228,8 @@ struct Gathered {
     }
     __device__ __forceinline__ float first(int k) const { return h0[k]; }
     __device__ __forceinline__ void load_token(int i) {
-        token = *x;
-        x += i + 1 < T ? B : 0;
+        if (i < T) token = *x;
+        x += B;
     }
     __device__ __forceinline__ void load(int i) {
         next = W_xh[size_t(token) * H];
@@ -249,7 +254,7 @@ struct Backward {
     float *result, *dh0;
     int T, j;
     size_t stride;
-    float addend, slope, next_dh, next_h;
+    float addend, slope, next_dh = 0.0f, next_h = 0.0f;
 
     __device__ __forceinline__ Backward(int b, int j_, int T_, int B, int H, const float* dh_, const float* h_, float* dz,
                                         float* dh0_) {
@@ -264,16 +269,16 @@ struct Backward {
     }
     __device__ __forceinline__ float first(int k) const { return dh[k - j] * (1.0f - h[k - j] * h[k - j]); }
     __device__ __forceinline__ void load(int i) {
-        next_dh = *dh;
-        next_h = *h;
-        const size_t back = i + 1 < T - 1 ? stride : 0;
-        dh -= back;
-        h -= back;
+        if (i < T - 1) {
+            next_dh = *dh;
+            next_h = *h;
+        }
+        dh -= stride;
+        h -= stride;
     }
     __device__ __forceinline__ void begin() {
-        const size_t back = T > 1 ? stride : 0;
-        dh -= back;
-        h -= back;
+        dh -= stride;
+        h -= stride;
         load(0);
     }
     __device__ __forceinline__ void advance(int i) {

@@ -49,7 +49,11 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
         mbarrier_arrive(&arrived[0]);                    // v_{-1} comes from memory
     }
     Flow flow(b, min(j, H - 1), T, B, H, pointers...);
-    for (int k = threadIdx.x; k < HIDDEN; k += THREADS) state[0][place_of(k, rank)] = k < H ? flow.first(k) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < HIDDEN / THREADS; ++i) {
+        const int k = threadIdx.x + i * THREADS;
+        state[0][place_of(k, rank)] = k < H ? flow.first(k) : 0.0f;
+    }
     const float first = flow.first(min(j, H - 1));
     flow.begin();
     weights.load<Flow::TRANSPOSED>(chunks, W_hh, H, first_j, first_j);
@@ -74,8 +78,8 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
             const int i = begin + p;
             if (i > last) break;
             flow.advance(i);
-            const float4* from = reinterpret_cast<const float4*>(state[p]) + slice;
             float sums[OUTPUTS] = {adds ? flow.addend : 0.0f};
+            const float4* from = reinterpret_cast<const float4*>(state[p]) + slice;
             weights.multiply<0, OWN>(sums, from);
 #pragma unroll
             for (int a = 0; a < OUTPUTS; ++a) sums[a] = kept(sums[a]);   // before the wait, not after it
