@@ -36,7 +36,7 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
     __syncthreads();
     to[place] = 0.0f;   // where j >= H nobody writes again
     for (int b = blockIdx.x; b < B; b += gridDim.x) {
-        Flow flow(b, min(j, H - 1), T, B, H, pointers...);
+        Flow flow(b, j, exists, T, B, H, pointers...);
         const float first = exists ? flow.first(j) : 0.0f;
         flow.begin();
         from[place] = first;
