@@ -5,7 +5,7 @@
 // block needs nothing of another, so a step waits for one barrier of the block and for nothing else.
 //
 // HIDDEN = 32, 64, 128: all weights in registers. HIDDEN = 256: the registers of a multiprocessor are just as large as
-// W_hh, so SHARED_UNITS of 32 parts lie in shared memory; 5 leave enough registers for the rest of a step.
+// W_hh, so SHARED_UNITS of 32 parts lie in shared memory; 6 leave just enough registers for the rest of a step.
 // Floor of a step: HIDDEN² FMA at 128 a cycle and multiprocessor, 512 cycles for 256.
 #include "recurrence.cuh"
 
@@ -32,14 +32,13 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
     float* to = chunks + HIDDEN;
 
     weights.start<Flow::TRANSPOSED>(chunks, W_hh, H, 0, 0);
-    int b = blockIdx.x;
-    Flow flow(b, min(j, H - 1), T, B, H, pointers...);
-    float first = exists ? flow.first(j) : 0.0f;
-    flow.begin();
     weights.load<Flow::TRANSPOSED>(chunks, W_hh, H, 0, 0);
     __syncthreads();
     to[place] = 0.0f;   // where j >= H nobody writes again
-    for (;;) {
+    for (int b = blockIdx.x; b < B; b += gridDim.x) {
+        Flow flow(b, j, exists, T, B, H, pointers...);
+        const float first = exists ? flow.first(j) : 0.0f;
+        flow.begin();
         from[place] = first;
         if (Flow::STORES_FIRST && exists) *flow.result = first;
         block_sync();
@@ -58,11 +57,6 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
             to = swap;
             block_sync();   // v_i is there; and all have read v_{i-1}, whose place the next step writes
         }
-        b += gridDim.x;
-        if (b >= B) break;
-        flow = Flow(b, min(j, H - 1), T, B, H, pointers...);
-        first = exists ? flow.first(j) : 0.0f;
-        flow.begin();
     }
 }
 

@@ -5,11 +5,12 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-// tanh(x), relative error below 3e-7 (1.4e-7 of the formula, the rest of MUFU), odd up to rounding; denormals become
-// zero, ±inf ±1, NaN NaN. Below 0.7 x + x³p(x²), above 1 - 2/(e^2x + 1): two MUFU, eight FMA-pipe operations.
+// tanh(x), odd; relative error below 1.5e-7, and below 4e-7 with the errors of MUFU itself (2^-22.5 and 2^-23) at their
+// worst; denormals become zero, ±inf ±1, NaN NaN. Below 0.7 x + x³p(x²), above ±(1 - 2/(e^2|x| + 1)): two MUFU, the rest hides behind them.
 __device__ __forceinline__ float tanh_accurate(float x) {
-    const float e = exp2_approx(x * 2.885390081777926815f);   // e^2x
-    const float large = fmaf(-2.0f, reciprocal_approx(e + 1.0f), 1.0f);
+    const float e = exp2_approx(fabsf(x) * 2.885390081777926815f);   // e^2|x|
+    const float one = copysignf(1.0f, x);
+    const float large = fmaf(-2.0f * one, reciprocal_approx(e + 1.0f), one);
     const float s = x * x;
     float p = -0.0051386617f;
     p = fmaf(p, s, 0.020091970f);
@@ -70,17 +71,22 @@ struct Tile {
     template <bool TRANSPOSED>
     static __device__ __forceinline__ void copy(float* chunks, const float* __restrict__ W_hh, int H, int first_k, int first_j,
                                                 int q) {
+        constexpr int LINE = TRANSPOSED ? ROWS : COLUMNS, STEP = THREADS / LINE;
+        static_assert(THREADS % LINE == 0);
         float* chunk = chunks + q % BUFFERS * (ROWS * COLUMNS);
         if (q < CHUNKS) {
+            const int fast = threadIdx.x % LINE, slow = threadIdx.x / LINE;
+            const int k = (first_k + q * ROWS) % SIZE;
+            const int row = (TRANSPOSED ? first_j : k) + slow, column = (TRANSPOSED ? k : first_j) + fast;   // of W_hh
+            const float* source = W_hh + row * H + column;
+            int rows_left = column < H ? H - row : 0;
 #pragma unroll COPIES
             for (int i = 0; i < ROWS * COLUMNS / THREADS; ++i) {
-                const int e = threadIdx.x + i * THREADS;
-                const int r = TRANSPOSED ? e % ROWS : e / COLUMNS;
-                const int column = TRANSPOSED ? e / ROWS : e % COLUMNS;
-                const int k = (first_k + q * ROWS) % SIZE + r, j = first_j + column;
-                const bool inside = k < H && j < H;
-                const int at = TRANSPOSED ? j * H + k : k * H + j;
-                cp_async_4(&chunk[chunk_place(r, column)], W_hh + (inside ? at : 0), inside ? 4 : 0);
+                const int other = slow + i * STEP;
+                float* place = &chunk[TRANSPOSED ? chunk_place(fast, other) : chunk_place(other, fast)];
+                cp_async_4(place, source, rows_left > 0 ? 4 : 0);
+                source += STEP * H;
+                rows_left -= STEP;
             }
         }
         cp_async_commit();
@@ -167,30 +173,31 @@ struct Tile {
 //   v_i[j] = value(addend_i[j] + Σ_k v_{i-1}[k] Wx[k,j]):
 // first(k) is v_{-1}[k]; begin() starts the loads, and first() ends there; advance(i) goes on to step i, whose addend was
 // loaded a step before; load(i + 1) then loads for the next; result is where v_i[j] belongs (after begin(): v_{-1}[j]).
-// Threads without an output of their own are given a j < H that another owns, and load what that one loads: loads are not
-// predicated, and the last one is repeated. Element [t,b,j] is written by its owner alone, who has read it before: z and h
-// may be one array, and so may dh and dz.
+// Only the owner of an output stores it; elsewhere the addend is zero. It loads [t,b,j] before it stores [t,b,j], and nobody
+// else does either: z and h may be one array, and so may dh and dz.
 
 // v_i = h_t, t = i: the addend is z_t, the value its tanh.
 struct Forward {
     static constexpr bool TRANSPOSED = false, STORES_FIRST = false;
     const float *h0, *z;   // h0[b,:], z[t,b,j] of the next step to be loaded
     float* result;
-    int T;
+    int loads;             // steps to be loaded
     size_t stride;
     float addend, next;
 
-    __device__ __forceinline__ Forward(int b, int j, int T_, int B, int H, const float* z_, const float* h0_, float* h) {
-        T = T_;
+    __device__ __forceinline__ Forward(int b, int j, bool owns, int T, int B, int H, const float* z_, const float* h0_,
+                                       float* h) {
+        loads = owns ? T : 0;
         stride = size_t(B) * H;
         h0 = h0_ + size_t(b) * H;
         z = z_ + size_t(b) * H + j;
         result = h + size_t(b) * H + j - stride;
+        next = 0.0f;
     }
     __device__ __forceinline__ float first(int k) const { return h0[k]; }
     __device__ __forceinline__ void load(int i) {
-        next = *z;
-        z += i + 1 < T ? stride : 0;
+        if (i < loads) next = *z;
+        z += stride;
     }
     __device__ __forceinline__ void begin() { load(0); }
     __device__ __forceinline__ void advance(int i) {
@@ -206,28 +213,32 @@ struct Gathered {
     const float *h0, *W_xh;   // h0[b,:], W_xh[0,j]
     const int* x;             // x[t,b] of the next token to be loaded
     float* result;
+    bool owns;
     int T, B, H;
     int token;                // of the next row to be loaded
     float bias, addend, next;
 
-    __device__ __forceinline__ Gathered(int b, int j, int T_, int B_, int H_, const int* x_, const int* cursor,
+    __device__ __forceinline__ Gathered(int b, int j, bool owns_, int T_, int B_, int H_, const int* x_, const int* cursor,
                                         const float* W_xh_, const float* b_h, const float* h0_, float* h) {
+        owns = owns_;
         T = T_;
         B = B_;
         H = H_;
         h0 = h0_ + size_t(b) * H;
-        W_xh = W_xh_ + j;
+        W_xh = W_xh_ + (owns ? j : 0);   // read by all threads, so that only the time decides
         x = x_ + (cursor ? size_t(*cursor) * T * B : 0) + b;
         result = h + size_t(b) * H + j - size_t(B) * H;
-        bias = b_h[j];
+        bias = owns ? b_h[j] : 0.0f;
+        token = 0;
+        next = 0.0f;
     }
     __device__ __forceinline__ float first(int k) const { return h0[k]; }
     __device__ __forceinline__ void load_token(int i) {
-        token = *x;
-        x += i + 1 < T ? B : 0;
+        if (i < T) token = *x;
+        x += B;
     }
     __device__ __forceinline__ void load(int i) {
-        next = W_xh[size_t(token) * H];
+        if (i < T) next = W_xh[size_t(token) * H];
         load_token(i + 1);
     }
     __device__ __forceinline__ void begin() {
@@ -235,7 +246,7 @@ struct Gathered {
         load(0);
     }
     __device__ __forceinline__ void advance(int i) {
-        addend = next + bias;
+        addend = owns ? next + bias : 0.0f;
         result += size_t(B) * H;
     }
     __device__ __forceinline__ float value(float sum) const { return tanh_accurate(sum); }
@@ -247,40 +258,41 @@ struct Backward {
     static constexpr bool TRANSPOSED = true, STORES_FIRST = true;
     const float *dh, *h;     // [t,b,j] of the next step to be loaded
     float *result, *dh0;
-    int T, j;
+    int loads, last, j;      // steps to be loaded, the last step
     size_t stride;
     float addend, slope, next_dh, next_h;
 
-    __device__ __forceinline__ Backward(int b, int j_, int T_, int B, int H, const float* dh_, const float* h_, float* dz,
-                                        float* dh0_) {
-        T = T_;
+    __device__ __forceinline__ Backward(int b, int j_, bool owns, int T, int B, int H, const float* dh_, const float* h_,
+                                        float* dz, float* dh0_) {
+        last = T - 1;
+        loads = owns ? last : 0;
         j = j_;
         stride = size_t(B) * H;
-        const size_t last = size_t(T - 1) * stride + size_t(b) * H + j;   // [T-1,b,j]
-        dh = dh_ + last;
-        h = h_ + last;
-        result = dz + last;
+        const size_t at = size_t(last) * stride + size_t(b) * H + j;   // [T-1,b,j]
+        dh = dh_ + at;
+        h = h_ + at;
+        result = dz + at;
         dh0 = dh0_ + size_t(b) * H + j;
+        next_dh = next_h = 0.0f;
     }
     __device__ __forceinline__ float first(int k) const { return dh[k - j] * (1.0f - h[k - j] * h[k - j]); }
-    __device__ __forceinline__ void load(int i) {
-        next_dh = *dh;
-        next_h = *h;
-        const size_t back = i + 1 < T - 1 ? stride : 0;
-        dh -= back;
-        h -= back;
+    __device__ __forceinline__ void load(int i) {   // t = T-2-i
+        if (i < loads) {
+            next_dh = *dh;
+            next_h = *h;
+        }
+        dh -= stride;
+        h -= stride;
     }
     __device__ __forceinline__ void begin() {
-        const size_t back = T > 1 ? stride : 0;
-        dh -= back;
-        h -= back;
+        dh -= stride;
+        h -= stride;
         load(0);
     }
     __device__ __forceinline__ void advance(int i) {
-        const bool inner = i < T - 1;
-        addend = inner ? next_dh : 0.0f;
-        slope = inner ? 1.0f - next_h * next_h : 1.0f;
-        result = inner ? result - stride : dh0;
+        addend = i < last ? next_dh : 0.0f;
+        slope = i < last ? 1.0f - next_h * next_h : 1.0f;
+        result = i < last ? result - stride : dh0;
     }
     __device__ __forceinline__ float value(float sum) const { return sum * slope; }
 };

@@ -7,8 +7,8 @@
 //
 // state[2][HIDDEN] is v_{i-1} and v_i, in turns; arrived[p] completes a phase when the 4 (HIDDEN - 64) bytes of state[p]
 // that come from elsewhere are there.
-//   A push of v_i into state[p] overwrites v_{i-2}. Is it still being read there? The pusher needed the whole v_{i-1} of that
-//   block; each warp of that block pushed its part of v_{i-1} after it had read v_{i-2}. So nobody there reads it any more.
+//   A push of v_i into state[p] overwrites v_{i-2}. Is it still being read there? The pusher has waited for the whole v_{i-1},
+//   of which each warp of that block pushed its part after the warp had read v_{i-2}. So nobody there reads it any more.
 //   The same holds for the phases: the bytes of a phase arrive after the phase before them has been waited for by every
 //   warp, so that a parity is enough, and thread 0 may announce a phase at any time before its own wait for it.
 //   A block leaves with nothing under way to it: it has waited for all that was pushed, and v_{T-1} is not pushed.
@@ -36,8 +36,9 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
     const int slice = kept(Weights::slice());
     const int quad = OUTPUTS * Weights::group();         // the block's outputs that a group of lanes computes
     const int own = kept(quad + slice % OUTPUTS), j = kept(first_j + own);
-    const bool adds = slice < OUTPUTS;                   // the other lanes of a group end up with the same outputs
-    const int exists = kept(j < H ? -1 : 0);             // as a mask
+    const bool keeps = slice < OUTPUTS;                  // the other lanes of a group end up with the same outputs
+    const bool owns = keeps && j < H;
+    const int exists = kept(j < H ? -1 : 0);             // a mask: there are zeros beyond H
     const bool announces = kept(int(threadIdx.x)) == 0;
 
     Weights weights;
@@ -48,9 +49,13 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
         mbarrier_init_fence();
         mbarrier_arrive(&arrived[0]);                    // v_{-1} comes from memory
     }
-    Flow flow(b, min(j, H - 1), T, B, H, pointers...);
-    for (int k = threadIdx.x; k < HIDDEN; k += THREADS) state[0][place_of(k, rank)] = k < H ? flow.first(k) : 0.0f;
-    const float first = flow.first(min(j, H - 1));
+    Flow flow(b, j, owns, T, B, H, pointers...);
+#pragma unroll
+    for (int i = 0; i < HIDDEN / THREADS; ++i) {
+        const int k = threadIdx.x + i * THREADS;
+        state[0][place_of(k, rank)] = k < H ? flow.first(k) : 0.0f;
+    }
+    const float first = owns ? flow.first(j) : 0.0f;
     flow.begin();
     weights.load<Flow::TRANSPOSED>(chunks, W_hh, H, first_j, first_j);
 
@@ -66,7 +71,7 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
     }
 
     cluster_sync();   // every block has initialised its barriers and read its v_{-1} from memory
-    if (Flow::STORES_FIRST && adds && j < H) *flow.result = first;
+    if (Flow::STORES_FIRST && owns) *flow.result = first;
     const int last = kept(T - 1);
     for (int begin = 0; begin <= last; begin += 2) {
 #pragma unroll
@@ -74,8 +79,8 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
             const int i = begin + p;
             if (i > last) break;
             flow.advance(i);
+            float sums[OUTPUTS] = {flow.addend};
             const float4* from = reinterpret_cast<const float4*>(state[p]) + slice;
-            float sums[OUTPUTS] = {adds ? flow.addend : 0.0f};
             weights.multiply<0, OWN>(sums, from);
 #pragma unroll
             for (int a = 0; a < OUTPUTS; ++a) sums[a] = kept(sums[a]);   // before the wait, not after it
@@ -83,12 +88,13 @@ __device__ __forceinline__ void recur(const float* __restrict__ W_hh, int T, int
             if (announces) mbarrier_arrive_expect(&arrived[p ^ 1], 4 * (HIDDEN - COLUMNS));   // v_i
             mbarrier_wait(&arrived[p], begin >> 1 & 1);                                       // v_{i-1}
             weights.multiply<OWN, Weights::DEPTH>(sums, from);
+            __syncwarp();   // the warp has read v_{i-1} before it pushes
             const float v = __int_as_float(__float_as_int(flow.value(weights.sum_over_slices(sums))) & exists);
             const float4 four = make_float4(__shfl_sync(FULL_WARP, v, 0, SLICES), __shfl_sync(FULL_WARP, v, 1, SLICES),
                                             __shfl_sync(FULL_WARP, v, 2, SLICES), __shfl_sync(FULL_WARP, v, 3, SLICES));
             st_async(remote_state[p ^ 1], four, remote_arrived[p ^ 1], sends && i < last);
-            if (adds) state[p ^ 1][own] = v;
-            if (adds && j < H) *flow.result = v;
+            if (keeps) state[p ^ 1][own] = v;
+            if (owns) *flow.result = v;
             __syncthreads();   // the block's own part of v_i is there, and all have read v_{i-1}
         }
     }

@@ -1,13 +1,13 @@
 """Launchers of ``kernels/recurrence.cu`` and ``kernels/recurrence_cluster.cu``.
 
-The fused recurrence: all time steps of a batch row in one kernel, with W_hh on chip from the first to
-the last. Two plans, both true float32:
+The fused recurrence: all time steps of a batch row in one kernel, with W_hh on chip from the first
+to the last. Two plans, both true float32:
 
 - a block a row, every GPU, H <= 256. Rows beyond what is resident at once are taken in turns by the
   same blocks, which load W_hh only once.
-- a cluster of blocks a row (sm_90 and later), each with 64 columns of W_hh: for 128 < H <= 256 where
-  every row of the batch is resident at once, because a step is then shorter, and for 256 < H <= 512,
-  which one multiprocessor cannot hold.
+- a cluster of blocks a row (sm_90 and later), each with 64 columns of W_hh. For 128 < H <= 256,
+  where a step is then shorter, if every row of the batch is resident at once; for 256 < H <= 512,
+  which one multiprocessor cannot hold, always.
 
 Larger H and float64 are for the caller: a GEMM a step (see :func:`fits`).
 """
@@ -23,13 +23,15 @@ from fastrnn.cuda.device import Array, Device, Kernel
 OPS = ("recurrence", "recurrence_gathered", "recurrence_backward")
 
 SIZES = {32: 16, 64: 8, 128: 2, 256: 1}
-"""Hidden sizes that a block is compiled for, smaller ones are padded on chip: blocks a multiprocessor."""
+"""Hidden sizes that a block is compiled for, and the blocks that a multiprocessor has room for.
 
-SHARED_UNITS = 5
-"""At H = 256: 32nds of W_hh in shared memory; the rest is in registers."""
+Other sizes are padded on chip."""
+
+SHARED_UNITS = 6
+"""Of W_hh at H = 256, so many 32nds are in shared memory; the rest is in registers."""
 
 CLUSTERS = {256: 4, 512: 8}
-"""Hidden sizes that a cluster is compiled for, and its blocks."""
+"""Hidden sizes that a cluster is compiled for, and the blocks of a cluster."""
 
 WAVES = 4
 """For H > 256: so many times the resident clusters are still faster than a GEMM a step."""
@@ -93,7 +95,7 @@ def recurrence_gathered(
 def recurrence_backward(
     device: Device, dh: Array, h: Array, W_hh: Array, dz: Array, dh0: Array
 ) -> None:
-    """``dz_t = (dh_t + dz_{t+1} W_hhᵀ)(1 - h_t²)`` from the last t to the first, ``dh0 = dz_0 W_hhᵀ``.
+    """``dz_t = (dh_t + dz_{t+1} W_hhᵀ)(1 - h_t²)``, t from T-1 to 0; ``dh0 = dz_0 W_hhᵀ``.
 
     Args:
         dh, dz: float32 ``[T, B, H]``; may be one array.
@@ -109,7 +111,7 @@ def _launch(device: Device, op: str, T: int, B: int, H: int, arrays: list[Array 
     args = [*arrays, np.int32(T), np.int32(B), np.int32(H)]
     if H > 128 and device.arch.capability >= 90:
         kernel = _cluster(op, H)
-        if H > max(SIZES) or device.active_clusters(kernel) >= B:
+        if max(SIZES) < H or device.active_clusters(kernel) >= B:
             device.launch(kernel, B * kernel.cluster, args)
             return
     kernel = _block(op, H, device.arch.capability)
