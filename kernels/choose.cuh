@@ -267,10 +267,12 @@ struct Chooser {
             const double weight = below == 0.0 ? 1.0 : exp(below * how.inverse_temperature);
             weights[j] = weight > 0.0 ? max(uint64_t(1), static_cast<uint64_t>(weight * scale + 0.5)) : 0;
         }
-        if ((how.top_k > 0 && how.top_k < V) || how.top_p < 1.0) {
-            lowest = warp_least(static_cast<KEY>(shared.least[lane % WARPS]));
-            if (how.top_k > 0 && how.top_k < V) keep(false, how.top_k, best.key, lowest);
-            if (how.top_p < 1.0) keep(true, how.top_p, best.key, lowest);
+        // First top-k, then top-p of what that left.
+#pragma unroll 1
+        for (int by_mass = 0; by_mass < 2; ++by_mass) {
+            const double wanted = by_mass ? how.top_p : how.top_k;
+            if (by_mass ? wanted < 1.0 : wanted > 0.0)
+                keep(by_mass, wanted, best.key, warp_least(static_cast<KEY>(shared.least[lane % WARPS])));
         }
 
         // The first token whose cumulative weight exceeds draw / 2^24 of the sum.

@@ -45,6 +45,21 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #endif
 }
 
+// The same value, of which the compiler forgets how it came about: it is computed here, neither again nor later.
+__device__ __forceinline__ int kept(int x) {
+#ifndef CUDA_ON_CPU
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+__device__ __forceinline__ float kept(float x) {
+#ifndef CUDA_ON_CPU
+    asm volatile("" : "+f"(x));
+#endif
+    return x;
+}
+
 // --------------------------------------------------------------------------------------------------- tensor cores
 #if PTX_ARCH >= 800
 
@@ -250,15 +265,6 @@ __device__ __forceinline__ uint64_t nanoseconds() {
 #endif
 }
 
-// The same value, but unknown to the compiler: it computes what follows from it there, and does not hoist it out of
-// loops into registers.
-__device__ __forceinline__ int opaque(int v) {
-#ifndef CUDA_ON_CPU
-    asm volatile("" : "+r"(v));
-#endif
-    return v;
-}
-
 // ------------------------------------------------------------------------------------------------ named barriers
 // Barrier `id` (1..15; 0 is __syncthreads) over `threads`, a multiple of 32.
 
@@ -394,7 +400,8 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(shared_address barrier) 
 #endif
 }
 
-// Has the phase of this parity completed? Acquires what the cluster wrote before. May suspend for a short while.
+// Has the phase of this parity completed? Then what its bytes and arrivals announced is in the block's shared memory. May
+// suspend for a short while. (Block scope: nothing else is acquired. Cluster scope would also invalidate the L1 cache.)
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
 #ifdef CUDA_ON_CPU
     if (emulator::mbarrier_test(barrier, parity)) return true;
@@ -404,11 +411,19 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t pa
     uint32_t done;
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(done) : "r"(shared_address_of(barrier)), "r"(parity) : "memory");
     return done != 0;
 #endif
+}
+
+// Waits for the phase of this parity; a trap after ten seconds, because a hang would be worse.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    if (mbarrier_try_wait(barrier, parity)) return;
+    const uint64_t start = nanoseconds();
+    while (!mbarrier_try_wait(barrier, parity))
+        if (nanoseconds() - start > 10000000000ull) __trap();
 }
 
 // Pushes a value into a block of the cluster; its mbarrier counts the bytes when they have arrived.

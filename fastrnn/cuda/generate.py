@@ -20,7 +20,8 @@ CHOICE_BYTES = 4592
 """Shared memory in which a group of threads chooses a token: ``Choice`` in ``choose.cuh``."""
 
 ROWS = 8
-"""Sequences of a block, or of a cluster, at most: its weights are read once for all of them."""
+"""Sequences of a block, or of a cluster, at most: its weights are read once for all of them. Half
+as many float64 ones: the partial sums of a block must fit 64 KiB."""
 SPARE = 4
 """A block a sequence while that takes no more than one in ``SPARE`` of the multiprocessors: so few
 do not yet share L2's bandwidth, which then costs what a block of ``ROWS`` sequences would."""
@@ -58,6 +59,10 @@ def _up(size: int, step: int) -> int:
 # --- The general kernel ---
 
 
+def _rows(dtype: np.dtype[Any]) -> int:
+    return ROWS * 4 // dtype.itemsize
+
+
 def _general_kernel(dtype: np.dtype[Any], rows: int, shared_bytes: int | None) -> Kernel:
     """``shared_bytes``: of states, logits and weights; None keeps them in global memory."""
     common = max(dtype.itemsize * THREADS // 32 * TILE * rows, CHOICE_BYTES * rows)
@@ -93,7 +98,7 @@ class _Plan(NamedTuple):
 
 def _general_plan(device: Device, sizes: Sizes, dtype: np.dtype[Any], greedy: bool) -> _Plan:
     arch = device.arch
-    rows = 1 if sizes.S <= max(1, arch.multiprocessors // SPARE) else ROWS
+    rows = 1 if sizes.S <= max(1, arch.multiprocessors // SPARE) else _rows(dtype)
     kernel = _general_kernel(dtype, rows, _general_bytes(sizes, dtype.itemsize, rows, greedy))
     if kernel.shared_bytes + GENERAL_STATIC_BYTES > arch.shared_bytes:
         kernel = _general_kernel(dtype, rows, None)
@@ -190,7 +195,7 @@ def generate(
     """Continue sequences, see :meth:`fastrnn.backend.Backend.generate`.
 
     One launch, or several one after the other where one would take long. A cluster whose blocks
-    lose each other traps after 20 seconds: the next synchronisation raises.
+    lose each other traps after ten seconds: the next synchronisation raises.
 
     Args:
         params: the parameters by name.
@@ -245,7 +250,7 @@ def variants() -> list[Kernel]:
     """Every kernel that :func:`generate` can launch, with the shared memory of the headline size."""
     kernels = []
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
-        for rows in (1, ROWS):
+        for rows in (1, _rows(dtype)):
             sizes = Sizes(rows, 1, 1, 256, 65 if rows > 1 else 1027)
             kernels.append(_general_kernel(dtype, rows, None))
             kernels.append(
