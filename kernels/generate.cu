@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) generate_kernel(
                         else store(tile, u * 32 + lane, q, sum[u][q]);
                     }
             }
-            __syncthreads();
+            __syncthreads();   // logits and sums are whole, but for the tiles that were cut
             if (left) {
                 for (int i = tid; i < left * ROWS * TILE; i += THREADS) {
                     REAL sum = partial[i];
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) generate_kernel(
                         h[k * ROWS + q] = hyperbolic_tangent(W_xh[static_cast<size_t>(token) * H + k] + z[q * H + k] + b_h[k]);
                 }
             }
-            __syncthreads();
+            __syncthreads();   // the state is whole before anybody reads it
         }
         for (int q = 0; q < rows; ++q)
             for (int k = tid; k < H; k += THREADS) state[static_cast<size_t>(first + q) * H + k] = h[k * ROWS + q];

@@ -116,7 +116,12 @@ def _cluster_kernel(hidden: int, greedy: bool, shared_bytes: int) -> Kernel:
         "generate_cluster",
         "generate_cluster_kernel",
         THREADS,
-        (("HIDDEN", hidden), ("SAMPLED", int(not greedy)), ("CHOICE_BYTES", CHOICE_BYTES)),
+        (
+            ("HIDDEN", hidden),
+            ("SAMPLED", int(not greedy)),
+            ("CHOICE_BYTES", CHOICE_BYTES),
+            ("FIXED_BYTES", _cluster_fixed_bytes(hidden)),
+        ),
         shared_bytes,
         cluster=CLUSTER,
         min_capability=90,
@@ -138,10 +143,10 @@ def _output(hidden: int, V: int) -> _Output:
 
 
 def _cluster_bytes(hidden: int, V: int, greedy: bool, resident: bool) -> int:
-    """Dynamic shared memory of a block; ``resident``: with its columns of W_xh."""
+    """Shared memory of a block; ``resident``: with its columns of W_xh."""
     units, width = hidden // CLUSTER, 2048 // hidden
     tiles, pairs = _output(hidden, V)
-    size = 4 * (pairs * 2 * hidden + _up(2 * pairs, 4))
+    size = _cluster_fixed_bytes(hidden) + 4 * (pairs * 2 * hidden + _up(2 * pairs, 4))
     if resident:
         size += 4 * V * units
     if not greedy:
@@ -149,11 +154,10 @@ def _cluster_bytes(hidden: int, V: int, greedy: bool, resident: bool) -> int:
     return size
 
 
-def _cluster_static_bytes(hidden: int) -> int:
-    """As much as the ``__shared__`` variables of the cluster kernel take, or a little more."""
-    width = 2048 // hidden
-    states, biases = 2 * ROWS * hidden, THREADS // 32 * width + hidden // CLUSTER
-    return 4 * (states + biases) + 8 * ROWS * CLUSTER_TILES + 256
+def _cluster_fixed_bytes(hidden: int) -> int:
+    """What the cluster kernel keeps in shared memory whatever V: states, biases, best tokens."""
+    units, width = hidden // CLUSTER, 2048 // hidden
+    return 4 * (2 * ROWS * hidden + THREADS // 32 * width + units) + 8 * ROWS * CLUSTER_TILES + 128
 
 
 def _cluster_plan(device: Device, sizes: Sizes, greedy: bool) -> tuple[_Plan, bool] | None:
@@ -161,10 +165,9 @@ def _cluster_plan(device: Device, sizes: Sizes, greedy: bool) -> tuple[_Plan, bo
     hidden = next((size for size in CLUSTER_HIDDEN if sizes.H <= size), None)
     if hidden is None or device.arch.capability < 90:
         return None
-    room = device.arch.shared_bytes - _cluster_static_bytes(hidden)
     for resident in (True, False):
         size = _cluster_bytes(hidden, sizes.V, greedy, resident)
-        if size > room:
+        if size > device.arch.shared_bytes:
             continue
         kernel = _cluster_kernel(hidden, greedy, size)
         clusters = device.active_clusters(kernel)
