@@ -2,7 +2,8 @@
 //
 // Logits are ordered as unsigned integers. Weights exp((logit - max) / temperature) become integers on a scale of at
 // least 2^44 for V <= 100,000 (2^51 at V = 1,027), so that sums are exact, and the token does not depend on how many
-// threads share the work. A weight above zero stays above zero.
+// threads share the work. Weight w is kept as 2 w + 1, and as 0 where the token cannot be chosen: one that rounds to
+// zero can, by a uniform of zero.
 // Thread i of the group owns the run [i * run, (i + 1) * run) of tokens throughout: nobody else touches its weights.
 #pragma once
 
@@ -149,7 +150,7 @@ struct Chooser {
 #pragma unroll 1
                 for (int l = 0; l < 3; ++l) shared.limb[l][i] = 0;
             }
-            sync();
+            sync();   // the histogram is empty
 #pragma unroll 1
             for (int j = begin; j < end; ++j) {
                 const uint64_t weight = weights[j];
@@ -161,7 +162,7 @@ struct Chooser {
                     const uint64_t mask = (uint64_t(1) << limb_bits) - 1;
 #pragma unroll 1
                     for (int l = 0; l < 3; ++l)
-                        atomicAdd(&shared.limb[l][digit], static_cast<uint32_t>(weight >> l * limb_bits & mask));
+                        atomicAdd(&shared.limb[l][digit], static_cast<uint32_t>(weight >> (1 + l * limb_bits) & mask));
                 }
             }
             sync();
@@ -203,9 +204,10 @@ struct Chooser {
                 // Equal logits have equal weights: whoever writes, writes the same.
 #pragma unroll 1
                 for (int j = begin; j < end; ++j)
-                    if (weights[j] != 0 && order_key(logits[j]) == base) atomicExch(reinterpret_cast<unsigned long long*>(&shared.each), weights[j]);
+                    if (weights[j] != 0 && order_key(logits[j]) == base)
+                        atomicExch(reinterpret_cast<unsigned long long*>(&shared.each), weights[j]);
                 sync();
-                const uint64_t each = by_mass ? shared.each : 1;
+                const uint64_t each = by_mass ? shared.each >> 1 : 1;
                 ties = 1;   // the fewest that reach the goal, by bisection
                 for (uint32_t enough = members; ties < enough;) {
                     const uint32_t middle = (ties + enough) / 2;
@@ -265,23 +267,26 @@ struct Chooser {
         for (int j = begin; j < end; ++j) {
             const double below = static_cast<double>(logits[j]) - highest;
             const double weight = below == 0.0 ? 1.0 : exp(below * how.inverse_temperature);
-            weights[j] = weight > 0.0 ? max(uint64_t(1), static_cast<uint64_t>(weight * scale + 0.5)) : 0;
+            weights[j] = weight > 0.0 ? static_cast<uint64_t>(weight * scale + 0.5) << 1 | 1 : 0;
         }
-        if ((how.top_k > 0 && how.top_k < V) || how.top_p < 1.0) {
-            lowest = warp_least(static_cast<KEY>(shared.least[lane % WARPS]));
-            if (how.top_k > 0 && how.top_k < V) keep(false, how.top_k, best.key, lowest);
-            if (how.top_p < 1.0) keep(true, how.top_p, best.key, lowest);
+        // First top-k, then top-p of what that left.
+#pragma unroll 1
+        for (int by_mass = 0; by_mass < 2; ++by_mass) {
+            const double wanted = by_mass ? how.top_p : how.top_k;
+            if (by_mass ? wanted < 1.0 : wanted > 0.0)
+                keep(by_mass, wanted, best.key, warp_least(static_cast<KEY>(shared.least[lane % WARPS])));
         }
 
-        // The first token whose cumulative weight exceeds draw / 2^24 of the sum.
+        // The first token whose cumulative weight exceeds draw / 2^24 of the sum; of zero, the first that can be chosen.
+        auto mass_of = [draw](uint64_t weight) { return draw == 0 ? weight & 1 : weight >> 1; };
         uint64_t own = 0, total;
 #pragma unroll 1
-        for (int j = begin; j < end; ++j) own += weights[j];
+        for (int j = begin; j < end; ++j) own += mass_of(weights[j]);
         uint64_t mass = exclusive_sum(own, total);
         const uint64_t goal = __umul64hi(total, draw) << 40 | total * draw >> 24;
         if (mass <= goal && goal < mass + own) {
             int j = begin;
-            while ((mass += weights[j]) <= goal) ++j;
+            while ((mass += mass_of(weights[j])) <= goal) ++j;
             shared.token = j;
         }
         sync();

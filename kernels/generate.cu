@@ -7,7 +7,7 @@
 // A step reads H (H + V) weights a block: at H = 256, V = 1,027 1.3 MB, 21,000 cycles at the 64 bytes a cycle that L2
 // gives a multiprocessor, and does as many FMAs a row: 2,600 cycles of 128 lanes, so 8 rows come nearly for nothing.
 //
-// REAL: float or double. ROWS: sequences of a block, 1 or 8. SHARED: do state and logits fit shared memory?
+// REAL: float or double. ROWS: sequences of a block, 1, 4 or 8. SHARED: do state and logits fit shared memory?
 #include "choose.cuh"
 #include "common.cuh"
 #include "philox.cuh"
@@ -17,7 +17,7 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr int TILE = 64;                       // columns of a warp, two a lane
 constexpr int GROUP_THREADS = THREADS / ROWS;  // that choose one row's token
-constexpr int UNROLL = 8;                      // rows of the matrix on their way at once
+constexpr int UNROLL = 32 / sizeof(REAL);      // rows of the matrix that a lane asks for at once, twice
 constexpr int VECTOR = 16 / sizeof(REAL);
 
 __device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
@@ -37,39 +37,53 @@ __device__ __forceinline__ void load_vectors(REAL (&to)[N], const REAL* from) {
     }
 }
 
-// sum[u][q] = Σ_k h[k][q] W[k, column[u]] over k in [begin, end), begin a multiple of UNROLL.
+// The lane's two columns, `column` and where `second` holds column + 32, of UNROLL rows from `row` on.
+__device__ __forceinline__ void load_rows(REAL (&w)[UNROLL][2], const REAL* row, int width, bool second) {
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i, row += width) {
+        w[i][0] = load_streamed(row);
+        w[i][1] = second ? load_streamed(row + 32) : REAL(0);
+    }
+}
+
+// sum[u][q] = Σ_k h[k][q] W[k, column + 32 u] over k in [begin, end), begin a multiple of UNROLL.
 __device__ __forceinline__ void dot(REAL (&sum)[2][ROWS], const REAL* h, const REAL* __restrict__ W, int width,
-                                    const int (&column)[2], int begin, int end) {
+                                    int column, int begin, int end) {
 #pragma unroll
     for (int u = 0; u < 2; ++u)
 #pragma unroll
         for (int q = 0; q < ROWS; ++q) sum[u][q] = 0;
-    const REAL* row = W + static_cast<size_t>(begin) * width;
+    const bool second = column + 32 < width;
+    const REAL* row = W + static_cast<size_t>(begin) * width + min(column, width - 1);
     int k = begin;
-    for (; k + UNROLL <= end; k += UNROLL) {
-        REAL w[UNROLL][2];
+    if (k + UNROLL <= end) {
+        REAL w[UNROLL][2], next[UNROLL][2];
+        load_rows(next, row, width, second);
+        for (; k + UNROLL <= end; k += UNROLL) {
 #pragma unroll
-        for (int i = 0; i < UNROLL; ++i, row += width)
+            for (int i = 0; i < UNROLL; ++i) w[i][0] = next[i][0], w[i][1] = next[i][1];
+            row += static_cast<size_t>(UNROLL) * width;
+            if (k + 2 * UNROLL <= end) load_rows(next, row, width, second);
+            constexpr int AT_ONCE = ROWS >= VECTOR ? 1 : VECTOR / ROWS;   // k of a vector of h
 #pragma unroll
-            for (int u = 0; u < 2; ++u) w[i][u] = load_streamed(row + column[u]);
-        constexpr int AT_ONCE = ROWS >= VECTOR ? 1 : VECTOR / ROWS;   // k of a vector of h
+            for (int i = 0; i < UNROLL; i += AT_ONCE) {
+                REAL state[AT_ONCE * ROWS];
+                load_vectors(state, h + (k + i) * ROWS);
 #pragma unroll
-        for (int i = 0; i < UNROLL; i += AT_ONCE) {
-            REAL state[AT_ONCE * ROWS];
-            load_vectors(state, h + (k + i) * ROWS);
+                for (int j = 0; j < AT_ONCE; ++j)
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j)
+                    for (int q = 0; q < ROWS; ++q)
 #pragma unroll
-                for (int q = 0; q < ROWS; ++q)
-#pragma unroll
-                    for (int u = 0; u < 2; ++u) sum[u][q] += state[j * ROWS + q] * w[i + j][u];
+                        for (int u = 0; u < 2; ++u) sum[u][q] += state[j * ROWS + q] * w[i + j][u];
+            }
         }
     }
 #pragma unroll 1
     for (; k < end; ++k, row += width)
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
-            const REAL w = load_streamed(row + column[u]);
+            if (u == 1 && !second) continue;
+            const REAL w = load_streamed(row + 32 * u);
 #pragma unroll
             for (int q = 0; q < ROWS; ++q) sum[u][q] += h[k * ROWS + q] * w;
         }
@@ -80,7 +94,7 @@ __device__ __forceinline__ void dot(REAL (&sum)[2][ROWS], const REAL* h, const R
 // A block owns ROWS sequences; a warp tiles of 64 columns of [W_hh | W_hq], what is left of them split along k;
 // GROUP_THREADS threads choose a row's token; a thread owns units of the new state.
 // One pass over the weights for all rows of a block: they are what a step costs.
-extern "C" __global__ void __launch_bounds__(THREADS) generate_kernel(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) generate_kernel(
     const REAL* __restrict__ W_xh, const REAL* __restrict__ W_hh, const REAL* __restrict__ b_h,
     const REAL* __restrict__ W_hq, const REAL* __restrict__ b_q, const int* __restrict__ prefix,
     const int* __restrict__ lengths, int* tokens, REAL* state, REAL* hidden_scratch, REAL* logits_scratch,
@@ -88,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) generate_kernel(
     double top_p, int top_k, uint32_t key0, uint32_t key1, uint32_t sequence, uint32_t position) {
     __shared__ int fed[ROWS], first_step[ROWS];
     DYNAMIC_SHARED(unsigned char, memory);
-    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    int tid = threadIdx.x;
 
     // Shared memory: [partial sums | Choice of each row], and where it fits: h [H][ROWS], z [ROWS][H],
     // logits [ROWS][V], weights [ROWS][V]. All parts start at multiples of 16 bytes.
@@ -125,6 +139,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) generate_kernel(
         for (int q = 0; q < ROWS; ++q) start = min(start, first_step[q]);
 
         for (int n = max(begin, start); n < end; ++n) {
+            tid = kept(tid);
+            const int warp = tid / 32, lane = tid % 32;
             const bool produce = n >= P, feed = n - P < N - 1;
 
             // z and logits. Whole rounds of a tile a warp; then the tiles that are left, cut along k for all warps.
@@ -144,8 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) generate_kernel(
                 const int tile = first_tile + round * WARPS + (cut ? warp % left : warp), slice = cut ? warp / left : 0;
                 if (slice >= slices) break;
                 const bool is_hidden = tile < hidden_tiles;
-                const int width = is_hidden ? H : V, from = (is_hidden ? tile : tile - hidden_tiles) * TILE + lane;
-                const int column[2] = {min(from, width - 1), min(from + 32, width - 1)};
+                const int width = is_hidden ? H : V, column = (is_hidden ? tile : tile - hidden_tiles) * TILE + lane;
                 REAL sum[2][ROWS];
                 dot(sum, h, is_hidden ? W_hh : W_hq, width, column, cut ? min(H, slice * slice_rows) : 0,
                     cut ? min(H, (slice + 1) * slice_rows) : H);
@@ -157,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) generate_kernel(
                         else store(tile, u * 32 + lane, q, sum[u][q]);
                     }
             }
-            __syncthreads();
+            __syncthreads();   // logits and sums are whole, but for the tiles that were cut
             if (left) {
                 for (int i = tid; i < left * ROWS * TILE; i += THREADS) {
                     REAL sum = partial[i];
@@ -192,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) generate_kernel(
                         h[k * ROWS + q] = hyperbolic_tangent(W_xh[static_cast<size_t>(token) * H + k] + z[q * H + k] + b_h[k]);
                 }
             }
-            __syncthreads();
+            __syncthreads();   // the state is whole before anybody reads it
         }
         for (int q = 0; q < rows; ++q)
             for (int k = tid; k < H; k += THREADS) state[static_cast<size_t>(first + q) * H + k] = h[k * ROWS + q];

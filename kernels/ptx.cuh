@@ -321,6 +321,48 @@ __device__ __forceinline__ double load_streamed(const double* p) {
 #endif
 }
 
+// The shared address of p, in a register: otherwise the kernels of a cluster compute it anew, from the block's rank,
+// wherever they use it.
+__device__ __forceinline__ shared_address kept_address_of(const void* p) {
+    shared_address address = shared_address_of(p);
+#ifndef CUDA_ON_CPU
+    asm volatile("" : "+r"(address));
+#endif
+    return address;
+}
+
+// Loads from there, in the order of the waits around them.
+#ifdef CUDA_ON_CPU
+template <class T>
+__device__ __forceinline__ T load_shared(shared_address address) {
+    return *reinterpret_cast<const T*>(address);
+}
+#else
+template <class T>
+__device__ __forceinline__ T load_shared(shared_address address);
+
+template <>
+__device__ __forceinline__ float load_shared<float>(shared_address address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
+
+template <>
+__device__ __forceinline__ uint4 load_shared<uint4>(shared_address address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+template <>
+__device__ __forceinline__ float4 load_shared<float4>(shared_address address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+    return v;
+}
+#endif
+
 // ------------------------------------------------------------------------------------ flags in global memory, gpu scope
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
@@ -414,15 +456,6 @@ __device__ __forceinline__ uint64_t nanoseconds() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
     return t;
 #endif
-}
-
-// The same value, but unknown to the compiler: it computes what follows from it there, and does not hoist it out of
-// loops into registers.
-__device__ __forceinline__ int opaque(int v) {
-#ifndef CUDA_ON_CPU
-    asm volatile("" : "+r"(v));
-#endif
-    return v;
 }
 
 // ------------------------------------------------------------------------------------------------ named barriers

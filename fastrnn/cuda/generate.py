@@ -20,7 +20,8 @@ CHOICE_BYTES = 4592
 """Shared memory in which a group of threads chooses a token: ``Choice`` in ``choose.cuh``."""
 
 ROWS = 8
-"""Sequences of a block, or of a cluster, at most: its weights are read once for all of them."""
+"""Sequences of a block, or of a cluster, at most: its weights are read once for all of them. Half
+as many float64 ones: the partial sums of a block must fit 64 KiB."""
 SPARE = 4
 """A block a sequence while that takes no more than one in ``SPARE`` of the multiprocessors: so few
 do not yet share L2's bandwidth, which then costs what a block of ``ROWS`` sequences would."""
@@ -58,6 +59,10 @@ def _up(size: int, step: int) -> int:
 # --- The general kernel ---
 
 
+def _rows(dtype: np.dtype[Any]) -> int:
+    return ROWS * 4 // dtype.itemsize
+
+
 def _general_kernel(dtype: np.dtype[Any], rows: int, shared_bytes: int | None) -> Kernel:
     """``shared_bytes``: of states, logits and weights; None keeps them in global memory."""
     common = max(dtype.itemsize * THREADS // 32 * TILE * rows, CHOICE_BYTES * rows)
@@ -93,7 +98,7 @@ class _Plan(NamedTuple):
 
 def _general_plan(device: Device, sizes: Sizes, dtype: np.dtype[Any], greedy: bool) -> _Plan:
     arch = device.arch
-    rows = 1 if sizes.S <= max(1, arch.multiprocessors // SPARE) else ROWS
+    rows = 1 if sizes.S <= max(1, arch.multiprocessors // SPARE) else _rows(dtype)
     kernel = _general_kernel(dtype, rows, _general_bytes(sizes, dtype.itemsize, rows, greedy))
     if kernel.shared_bytes + GENERAL_STATIC_BYTES > arch.shared_bytes:
         kernel = _general_kernel(dtype, rows, None)
@@ -111,7 +116,12 @@ def _cluster_kernel(hidden: int, greedy: bool, shared_bytes: int) -> Kernel:
         "generate_cluster",
         "generate_cluster_kernel",
         THREADS,
-        (("HIDDEN", hidden), ("SAMPLED", int(not greedy)), ("CHOICE_BYTES", CHOICE_BYTES)),
+        (
+            ("HIDDEN", hidden),
+            ("SAMPLED", int(not greedy)),
+            ("CHOICE_BYTES", CHOICE_BYTES),
+            ("FIXED_BYTES", _cluster_fixed_bytes(hidden)),
+        ),
         shared_bytes,
         cluster=CLUSTER,
         min_capability=90,
@@ -133,10 +143,10 @@ def _output(hidden: int, V: int) -> _Output:
 
 
 def _cluster_bytes(hidden: int, V: int, greedy: bool, resident: bool) -> int:
-    """Dynamic shared memory of a block; ``resident``: with its columns of W_xh."""
+    """Shared memory of a block; ``resident``: with its columns of W_xh."""
     units, width = hidden // CLUSTER, 2048 // hidden
     tiles, pairs = _output(hidden, V)
-    size = 4 * (pairs * 2 * hidden + _up(2 * pairs, 4))
+    size = _cluster_fixed_bytes(hidden) + 4 * (pairs * 2 * hidden + _up(2 * pairs, 4))
     if resident:
         size += 4 * V * units
     if not greedy:
@@ -144,11 +154,10 @@ def _cluster_bytes(hidden: int, V: int, greedy: bool, resident: bool) -> int:
     return size
 
 
-def _cluster_static_bytes(hidden: int) -> int:
-    """As much as the ``__shared__`` variables of the cluster kernel take, or a little more."""
-    width = 2048 // hidden
-    states, biases = 2 * ROWS * hidden, THREADS // 32 * width + hidden // CLUSTER
-    return 4 * (states + biases) + 8 * ROWS * CLUSTER_TILES + 256
+def _cluster_fixed_bytes(hidden: int) -> int:
+    """What the cluster kernel keeps in shared memory whatever V: states, biases, best tokens."""
+    units, width = hidden // CLUSTER, 2048 // hidden
+    return 4 * (2 * ROWS * hidden + THREADS // 32 * width + units) + 8 * ROWS * CLUSTER_TILES + 128
 
 
 def _cluster_plan(device: Device, sizes: Sizes, greedy: bool) -> tuple[_Plan, bool] | None:
@@ -156,10 +165,9 @@ def _cluster_plan(device: Device, sizes: Sizes, greedy: bool) -> tuple[_Plan, bo
     hidden = next((size for size in CLUSTER_HIDDEN if sizes.H <= size), None)
     if hidden is None or device.arch.capability < 90:
         return None
-    room = device.arch.shared_bytes - _cluster_static_bytes(hidden)
     for resident in (True, False):
         size = _cluster_bytes(hidden, sizes.V, greedy, resident)
-        if size > room:
+        if size > device.arch.shared_bytes:
             continue
         kernel = _cluster_kernel(hidden, greedy, size)
         clusters = device.active_clusters(kernel)
@@ -190,7 +198,7 @@ def generate(
     """Continue sequences, see :meth:`fastrnn.backend.Backend.generate`.
 
     One launch, or several one after the other where one would take long. A cluster whose blocks
-    lose each other traps after 20 seconds: the next synchronisation raises.
+    lose each other traps after ten seconds: the next synchronisation raises.
 
     Args:
         params: the parameters by name.
@@ -249,7 +257,7 @@ def variants() -> list[Kernel]:
     """Every kernel that :func:`generate` can launch, with the shared memory of the headline size."""
     kernels = []
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
-        for rows in (1, ROWS):
+        for rows in (1, _rows(dtype)):
             sizes = Sizes(rows, 1, 1, 256, 65 if rows > 1 else 1027)
             kernels.append(_general_kernel(dtype, rows, None))
             kernels.append(
