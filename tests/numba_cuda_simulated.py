@@ -10,12 +10,18 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from numba import cuda
+from numba.cuda import types as types_
+from numba.cuda.np import numpy_support
+from numba.cuda.simulator import kernelapi
 
 from fastrnn import reference
 from fastrnn.backend import Dims, open_backend
@@ -65,6 +71,39 @@ assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "run under the simulator"
 # The simulator's scheduler polls its threads; let it not hold the interpreter while it does.
 sys.setswitchinterval(5e-5)
 
+_allocating = threading.Lock()
+
+
+def shared_array(self: Any, shape: Any, dtype: Any, alignment: None = None) -> Any:
+    """``cuda.shared.array`` of the simulator: one array a block and source line, full of NaN.
+
+    The simulator's own looks for the array and makes it where there is none, with nothing to keep
+    two threads of a block from doing so at once; each then works on an array of its own.
+    """
+    frame = sys._getframe(1)
+    line = frame.f_code.co_filename, frame.f_lineno
+    with _allocating:
+        if line not in self._allocations:
+            self._allocations[line] = poisoned(shape, as_numpy(dtype))
+        return self._allocations[line]
+
+
+def as_numpy(dtype: Any) -> Any:
+    return numpy_support.as_dtype(dtype) if isinstance(dtype, types_.Type) else dtype
+
+
+def poisoned(shape: Any, dtype: Any) -> Any:
+    dtype = np.dtype(dtype)
+    return np.full(shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).max, dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_arrays() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernelapi.FakeCUDAShared, "array", shared_array)
+        yield
+
+
 # Small enough for Python threads; every path of the real sizes is taken: rows of W_hh that stay in
 # registers and rows that do not, several slices, tiles and splits, states too wide for one block.
 TOY = kernels.Geometry(
@@ -93,6 +132,29 @@ def backend() -> NumbaCudaBackend:
 def inputs(request: pytest.FixtureRequest) -> Inputs:
     T, B, H, V, dtype = request.param
     return Inputs(T, B, H, V, dtype)
+
+
+# --- the simulator ---------------------------------------------------------------------------
+
+
+def test_a_block_has_one_shared_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = poisoned
+
+    def slowly(shape: Any, dtype: Any) -> Any:
+        time.sleep(0.01)  # other threads of the block come to ask meanwhile
+        return allocate(shape, dtype)
+
+    def rotate(out: Any) -> None:
+        word = cuda.shared.array(8, dtype=np.int32)
+        i = cuda.threadIdx.x
+        word[i] = i
+        cuda.syncthreads()
+        out[i] = word[(i + 1) % 8]
+
+    out = np.zeros(8, np.int32)
+    monkeypatch.setitem(globals(), "poisoned", slowly)
+    cuda.jit(rotate)[1, 8](out)
+    assert out.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
 
 
 # --- steps -----------------------------------------------------------------------------------
