@@ -142,13 +142,14 @@ def device(function: Function) -> Function:
     return cast(Function, cuda.jit(device=True)(function))
 
 
+@functools.cache
 def repeated(step: Callable[..., Any], count: int) -> Callable[..., Any]:
     """A device function that calls ``step(k, ...)``, ``step(k + 1, ...)``, … ``count`` times.
 
     The compiler unrolls only short loops, and an array whose indices it does not know is in memory,
     not in registers: this unrolls loops of any length.
     """
-    if count == 1:
+    if count <= 1:
         return step
     half = count // 2
     first, second = repeated(step, half), repeated(step, count - half)
@@ -367,22 +368,33 @@ def resident(dtype: Any, geometry: Geometry, outputs: int) -> Resident:
                 w[k * OUT + g * WIDE + i] = W[first + (k * P + g * GROUP + i)]
 
     @device
-    def add(k: Any, acc: Any, w: Any, state: Any, at: Any) -> None:
+    def stage(k: Any, staged: Any, to: Any, W: Any, first: Any) -> None:
+        for g in range(GROUPS):
+            for i in range(WIDE):
+                n = g * GROUP + i
+                staged[to + (k * SLICES * P + n)] = W[first + ((KEPT + k) * P + n)]
+
+    @device
+    def add_kept(k: Any, acc: Any, w: Any, state: Any, at: Any) -> None:
         s = state[at + k]
         for i in range(OUT):
             acc[i] += s * w[k * OUT + i]
 
-    keep_all, add_all = repeated(keep, KEPT), repeated(add, KEPT)
+    @device
+    def add_staged(k: Any, acc: Any, staged: Any, to: Any, state: Any, at: Any) -> None:
+        s = state[at + (KEPT + k)]
+        for g in range(GROUPS):
+            for i in range(WIDE):
+                acc[g * WIDE + i] += s * staged[to + (k * SLICES * P + g * GROUP + i)]
+
+    keep_all, add_all_kept = repeated(keep, KEPT), repeated(add_kept, KEPT)
+    stage_all, add_all_staged = repeated(stage, STAGED), repeated(add_staged, STAGED)
 
     @device
     def load(w: Any, staged: Any, W: Any, slice_: Any, column: Any) -> None:
         first = u32(slice_ * (ROWS * P) + column)
-        to = u32(slice_ * P + column)
-        for k in range(STAGED):
-            for g in range(GROUPS):
-                for i in range(WIDE):
-                    n = g * GROUP + i
-                    staged[to + (k * SLICES * P + n)] = W[first + ((KEPT + k) * P + n)]
+        if STAGED > 0:
+            stage_all(0, staged, u32(slice_ * P + column), W, first)
         keep_all(0, w, W, first)
 
     @device
@@ -393,12 +405,9 @@ def resident(dtype: Any, geometry: Geometry, outputs: int) -> Resident:
         to = u32(slice_ * P + column)
         for i in range(OUT):
             acc[i] = zero
-        add_all(0, acc, w, state, at)
-        for k in range(STAGED):
-            s = state[at + (KEPT + k)]
-            for g in range(GROUPS):
-                for i in range(WIDE):
-                    acc[g * WIDE + i] += s * staged[to + (k * SLICES * P + g * GROUP + i)]
+        add_all_kept(0, acc, w, state, at)
+        if STAGED > 0:
+            add_all_staged(0, acc, staged, to, state, at)
         for k in range(KEPT + STAGED, ROWS):
             s = state[at + k]
             for g in range(GROUPS):
