@@ -146,6 +146,7 @@ class NumbaCudaBackend(Backend):
         self._kernels = kernels or importlib.import_module("fastrnn.backends.numba_cuda_kernels")
         self.geometry = geometry or self._kernels.Geometry()
         self.simulated = bool(self._kernels.SIMULATED)
+        self._captures = not self.simulated
         self.stream = self._cuda.stream()
         # For work beside the critical path of a step; they begin and end on `stream`.
         self._sides = self._cuda.stream(), self._cuda.stream()
@@ -655,7 +656,7 @@ class NumbaCudaBackend(Backend):
         self.put(np.zeros(1, np.int32), out=plan.cursor)
         rates = self._set_rates(self.stream, lr, max_norm)
         for _ in range(len(starts)):
-            if self.simulated or carry not in plan.warm:
+            if not self._captures or carry not in plan.warm:
                 self._submit(ws, plan.starts, plan.cursor, plan.cursor, rates, carry)
                 plan.warm.add(carry)
                 continue
