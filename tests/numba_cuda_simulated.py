@@ -11,7 +11,6 @@ import functools
 import inspect
 import os
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -22,9 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numba import cuda
-from numba.cuda import types as types_
-from numba.cuda.np import numpy_support
-from numba.cuda.simulator import kernelapi
 
 from fastrnn import reference
 from fastrnn.backend import Dims, open_backend
@@ -32,6 +28,7 @@ from fastrnn.backends import numba_cuda_kernels as kernels
 from fastrnn.backends.numba_cuda import NumbaCudaBackend
 from fastrnn.decoding import Decoding
 from tests.conftest import Inputs
+from tests.numba_cuda_simulator import poisoned, repaired_simulator
 from tests.test_ops import (
     OnBackend,
     recurrence_oracle,
@@ -71,39 +68,10 @@ __all__ = [
 
 assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "run under the simulator"
 
-# The simulator's scheduler polls its threads; let it not hold the interpreter while it does.
-sys.setswitchinterval(5e-5)
-
-_allocating = threading.Lock()
-
-
-def shared_array(self: Any, shape: Any, dtype: Any, alignment: None = None) -> Any:
-    """``cuda.shared.array`` of the simulator: one array a block and source line, full of NaN.
-
-    The simulator's own looks for the array and makes it where there is none, with nothing to keep
-    two threads of a block from doing so at once; each then works on an array of its own.
-    """
-    frame = sys._getframe(1)
-    line = frame.f_code.co_filename, frame.f_lineno
-    with _allocating:
-        if line not in self._allocations:
-            self._allocations[line] = poisoned(shape, as_numpy(dtype))
-        return self._allocations[line]
-
-
-def as_numpy(dtype: Any) -> Any:
-    return numpy_support.as_dtype(dtype) if isinstance(dtype, types_.Type) else dtype
-
-
-def poisoned(shape: Any, dtype: Any) -> Any:
-    dtype = np.dtype(dtype)
-    return np.full(shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).max, dtype)
-
 
 @pytest.fixture(autouse=True, scope="module")
-def shared_arrays() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernelapi.FakeCUDAShared, "array", shared_array)
+def simulator() -> Iterator[None]:
+    with repaired_simulator():
         yield
 
 
@@ -141,11 +109,9 @@ def inputs(request: pytest.FixtureRequest) -> Inputs:
 
 
 def test_a_block_has_one_shared_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocate = poisoned
-
     def slowly(shape: Any, dtype: Any) -> Any:
         time.sleep(0.01)  # other threads of the block come to ask meanwhile
-        return allocate(shape, dtype)
+        return poisoned(shape, dtype)
 
     def rotate(out: Any) -> None:
         word = cuda.shared.array(8, dtype=np.int32)
@@ -155,9 +121,36 @@ def test_a_block_has_one_shared_array(monkeypatch: pytest.MonkeyPatch) -> None:
         out[i] = word[(i + 1) % 8]
 
     out = np.zeros(8, np.int32)
-    monkeypatch.setitem(globals(), "poisoned", slowly)
+    monkeypatch.setattr("tests.numba_cuda_simulator.poisoned", slowly)
     cuda.jit(rotate)[1, 8](out)
     assert out.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+
+
+def test_barriers_count_the_threads_that_are_left() -> None:
+    def leave_early(out: Any) -> None:
+        i = cuda.threadIdx.x
+        if i >= 4:
+            return
+        word = cuda.shared.array(4, dtype=np.int32)
+        for n in range(3):
+            word[i] = n * i
+            cuda.syncthreads()
+            out[n, i] = word[(i + 1) % 4]
+            cuda.syncthreads()
+
+    out = np.zeros((3, 4), np.int32)
+    cuda.jit(leave_early)[1, 8](out)
+    np.testing.assert_array_equal(out, np.outer(range(3), [1, 2, 3, 0]))
+
+
+def test_an_error_of_a_thread_ends_its_block() -> None:
+    def fail(out: Any) -> None:
+        if cuda.threadIdx.x == 3:
+            out[99] = 1
+        cuda.syncthreads()
+
+    with pytest.raises(IndexError, match=r"tid=\[3, 0, 0\].*index 99 is out of bounds"):
+        cuda.jit(fail)[1, 8](np.zeros(8, np.int32))
 
 
 # --- steps -----------------------------------------------------------------------------------

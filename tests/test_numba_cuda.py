@@ -195,7 +195,7 @@ def test_the_gate_rejects_too_much_shared_memory() -> None:
     kernel = wrong("shared memory")
     linker = importlib.import_module("cuda.bindings.nvjitlink")
     # Some linkers refuse it, others leave it to the launch.
-    with pytest.raises((linker.nvJitLinkError, AssertionError), match="ERROR|shared memory"):
+    with pytest.raises((linker.nvJitLinkError, AssertionError), match=r"ERROR|shared memory"):
         check(compile_kernel(kernel, 90), kernel.threads, "float32")
 
 
@@ -226,6 +226,10 @@ def test_the_old_built_in_module_is_refused() -> None:
         pytest.raises(BackendUnavailableError, match=r"built-in module answers.*pip install"),
     ):
         load_cuda()
+    with mock.patch.dict(sys.modules, {"numba.cuda": cuda}):
+        sys.modules.pop("fastrnn.backends.numba_cuda_kernels", None)
+        with pytest.raises(BackendUnavailableError, match="built-in module answers"):
+            kernels()
 
 
 def test_a_missing_driver_is_named() -> None:
