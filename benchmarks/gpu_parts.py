@@ -96,10 +96,10 @@ def _replay(backend: Backend, call: Callable[[], Any], repeats: int) -> Callable
             return float(cupy.cuda.get_elapsed_time(begin, end)) * 1e-3
 
         return run
-    from numba import cuda
-
     from fastrnn.backends.numba_cuda import Graph as NumbaGraph
+    from fastrnn.backends.numba_cuda import maintained_cuda
 
+    cuda = maintained_cuda()
     stream = backend.stream  # type: ignore[attr-defined]
     recorded = NumbaGraph(stream)
     with cuda.defer_cleanup(), recorded.capture():
