@@ -150,7 +150,7 @@ struct Chooser {
 #pragma unroll 1
                 for (int l = 0; l < 3; ++l) shared.limb[l][i] = 0;
             }
-            sync();   // the histogram is empty
+            sync();
 #pragma unroll 1
             for (int j = begin; j < end; ++j) {
                 const uint64_t weight = weights[j];
