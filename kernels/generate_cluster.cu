@@ -6,10 +6,13 @@
 // What crosses between blocks is pushed (st.async) and counted by the receiver's mbarrier: new states, and the tiles'
 // best tokens (greedy) or the logits (sampled). Nobody waits for anything else.
 //
-// The chain of a token, greedy, at H = 256, V = 1,027, in cycles (estimates; 1.8 a nanosecond):
-//   state arrives 220 | read it 30, 64 FMAs a thread 260, sums over 16 lanes 100, best of the tile 70 |
-//   bests arrive 220 | best of 131: 130 | row of W_xh 30, tanh 80, pair 25                        = 1,165: 0.65 µs
-// h W_hh runs while the bests travel. Sampled, each block chooses for itself from all logits: 750 more.
+// The chain of a token at H = 256, V = 1,027, in cycles (estimates; 1.8 to 1.9 a nanosecond):
+//   greedy: state arrives 220 | read it 30, 64 FMAs a thread 260, sums over 16 lanes 100, best of the tile 70 |
+//           bests arrive 220 | best of 128: 130 | row of W_xh 30, tanh 80, pair 25          = 1,165: 0.6 µs
+//   sampled: the same until the sums, four logits together 50 | logits arrive, h W_hh from shared memory 380 |
+//           arg-max 240, weights 250, sum over the block 305, the token 60 | tanh and so on 135   = 2,030: 1.1 µs
+// and a few hundred for each digit that top-k and top-p look at. Greedy, h W_hh runs while the bests travel.
+// The FMAs are 258 cycles of 128 lanes; so several sequences a cluster, which share the latencies, cost that much each.
 //
 // HIDDEN: 64, 128 or 256. SAMPLED: 0: arg-max, 1: temperature, top-k, top-p.
 #include "choose.cuh"

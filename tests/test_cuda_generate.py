@@ -230,7 +230,7 @@ def test_without_room_for_a_cluster_the_general_kernel_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("V", "all_resident"), [(1027, True), (1700, False), (2599, False)], ids=["all", "most", "full"]
+    ("V", "all_resident"), [(1027, True), (1700, False), (2624, False)], ids=["all", "most", "full"]
 )
 @pytest.mark.parametrize("decoding", ["greedy", "top-k"])
 def test_output_layers_larger_than_the_registers(V: int, all_resident: bool, decoding: str) -> None:
