@@ -255,7 +255,8 @@ struct Chooser {
             shared.least[warp] = lowest;
         }
         sync();
-        best = Best<KEY>{static_cast<KEY>(shared.largest[lane % WARPS]), shared.index[lane % WARPS]}.over_warp();
+        const int other = lane % WARPS;
+        best = Best<KEY>{static_cast<KEY>(shared.largest[other]), shared.index[other]}.over_warp();
         const int greedy = static_cast<int>(best.index);
         const double highest = static_cast<double>(logits[greedy]);
         // Infinite or NaN: no distribution to draw from.
@@ -272,7 +273,7 @@ struct Chooser {
             weights[j] = weight > 0.0 ? static_cast<uint64_t>(weight * scale + 0.5) << 1 | 1 : 0;
         }
         if (narrows) {
-            lowest = warp_least(static_cast<KEY>(shared.least[lane % WARPS]));
+            lowest = warp_least(static_cast<KEY>(shared.least[other]));
             // First top-k, then top-p of what that left.
 #pragma unroll 1
             for (int by_mass = 0; by_mass < 2; ++by_mass) {
@@ -281,7 +282,7 @@ struct Chooser {
             }
         }
 
-        // The first token whose cumulative weight exceeds draw / 2^24 of the sum; of zero, the first that can be chosen.
+        // The first token whose cumulative weight exceeds draw / 2^24 of the sum; of 0, the first that has one.
         auto mass_of = [draw](uint64_t weight) { return draw == 0 ? weight & 1 : weight >> 1; };
         uint64_t own = 0, total;
 #pragma unroll 1
@@ -306,6 +307,6 @@ __device__ __forceinline__ int choose(const REAL_* logits, int V, uint64_t* weig
     int run = ceil_div(V, THREADS);
     if (run % 4 == 0) ++run;
     const int begin = min(V, thread * run), end = min(V, begin + run);
-    Chooser<THREADS, REAL_, decltype(order_key(REAL_()))> chooser{logits, weights, shared, V, thread, barrier, begin, end, 0};
-    return chooser.choose(how, draw);
+    using KEY = decltype(order_key(REAL_()));
+    return Chooser<THREADS, REAL_, KEY>{logits, weights, shared, V, thread, barrier, begin, end, 0}.choose(how, draw);
 }

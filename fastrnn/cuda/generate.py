@@ -1,7 +1,7 @@
 """Launches the generation kernels: ``kernels/generate.cu`` and ``kernels/generate_cluster.cu``.
 
 The cluster kernel holds all weights on chip. It takes float32 models of up to 256 units whose
-output layer fits (2,624 columns at 256 units and 227 KiB of shared memory a block, 2,224 where
+output layer fits (2,624 columns at 256 units and 227 KiB of shared memory a block, 2,176 where
 tokens are sampled), where a cluster of eight blocks can run. Everything else goes to the general
 kernel.
 """
