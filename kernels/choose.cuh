@@ -4,6 +4,7 @@
 // least 2^44 for V <= 100,000 (2^51 at V = 1,027), so that sums are exact, and the token does not depend on how many
 // threads share the work. Weight w is kept as 2 w + 1, and as 0 where the token cannot be chosen: one that rounds to
 // zero can, by a uniform of zero.
+// Loops stay rolled where that costs little: the cluster kernel has its registers full of weights.
 // Thread i of the group owns the run [i * run, (i + 1) * run) of tokens throughout: nobody else touches its weights.
 #pragma once
 
@@ -150,7 +151,7 @@ struct Chooser {
 #pragma unroll 1
                 for (int l = 0; l < 3; ++l) shared.limb[l][i] = 0;
             }
-            sync();   // the histogram is empty
+            sync();
 #pragma unroll 1
             for (int j = begin; j < end; ++j) {
                 const uint64_t weight = weights[j];
@@ -237,6 +238,7 @@ struct Chooser {
     // The token, in every thread of the group. draw: the uniform times 2^24. Between two calls lies a barrier.
     __device__ __forceinline__ int choose(const Decoding& how, uint32_t draw) {
         const int lane = thread % 32, warp = thread / 32;
+        const bool narrows = how.inverse_temperature != 0.0 && (how.top_k > 0 || how.top_p < 1.0);
         Best<KEY> best{0, 0};
         KEY lowest = ~KEY(0);
 #pragma unroll 1
@@ -246,14 +248,15 @@ struct Chooser {
             lowest = min(lowest, key);
         }
         best = best.over_warp();
-        lowest = warp_least(lowest);
+        if (narrows) lowest = warp_least(lowest);
         if (lane == 0) {
             shared.largest[warp] = best.key;
             shared.index[warp] = best.index;
             shared.least[warp] = lowest;
         }
         sync();
-        best = Best<KEY>{static_cast<KEY>(shared.largest[lane % WARPS]), shared.index[lane % WARPS]}.over_warp();
+        const int other = lane % WARPS;
+        best = Best<KEY>{static_cast<KEY>(shared.largest[other]), shared.index[other]}.over_warp();
         const int greedy = static_cast<int>(best.index);
         const double highest = static_cast<double>(logits[greedy]);
         // Infinite or NaN: no distribution to draw from.
@@ -263,21 +266,23 @@ struct Chooser {
         const int size_bits = 32 - __clz(max(V - 1, 1));
         limb_bits = 32 - size_bits;
         const double scale = static_cast<double>(uint64_t(1) << min(62 - size_bits, 3 * limb_bits - 1));
-#pragma unroll 1
+#pragma unroll 2
         for (int j = begin; j < end; ++j) {
             const double below = static_cast<double>(logits[j]) - highest;
             const double weight = below == 0.0 ? 1.0 : exp(below * how.inverse_temperature);
             weights[j] = weight > 0.0 ? static_cast<uint64_t>(weight * scale + 0.5) << 1 | 1 : 0;
         }
-        // First top-k, then top-p of what that left.
+        if (narrows) {
+            lowest = warp_least(static_cast<KEY>(shared.least[other]));
+            // First top-k, then top-p of what that left.
 #pragma unroll 1
-        for (int by_mass = 0; by_mass < 2; ++by_mass) {
-            const double wanted = by_mass ? how.top_p : how.top_k;
-            if (by_mass ? wanted < 1.0 : wanted > 0.0)
-                keep(by_mass, wanted, best.key, warp_least(static_cast<KEY>(shared.least[lane % WARPS])));
+            for (int by_mass = 0; by_mass < 2; ++by_mass) {
+                const double wanted = by_mass ? how.top_p : how.top_k;
+                if (by_mass ? wanted < 1.0 : wanted > 0.0) keep(by_mass, wanted, best.key, lowest);
+            }
         }
 
-        // The first token whose cumulative weight exceeds draw / 2^24 of the sum; of zero, the first that can be chosen.
+        // The first token whose cumulative weight exceeds draw / 2^24 of the sum; of 0, the first that has one.
         auto mass_of = [draw](uint64_t weight) { return draw == 0 ? weight & 1 : weight >> 1; };
         uint64_t own = 0, total;
 #pragma unroll 1
@@ -302,6 +307,6 @@ __device__ __forceinline__ int choose(const REAL_* logits, int V, uint64_t* weig
     int run = ceil_div(V, THREADS);
     if (run % 4 == 0) ++run;
     const int begin = min(V, thread * run), end = min(V, begin + run);
-    Chooser<THREADS, REAL_, decltype(order_key(REAL_()))> chooser{logits, weights, shared, V, thread, barrier, begin, end, 0};
-    return chooser.choose(how, draw);
+    using KEY = decltype(order_key(REAL_()));
+    return Chooser<THREADS, REAL_, KEY>{logits, weights, shared, V, thread, barrier, begin, end, 0}.choose(how, draw);
 }

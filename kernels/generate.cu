@@ -184,14 +184,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) generate_kernel(
 
             // The tokens to feed: -1 for a row whose prefix has not begun.
             if (!produce) {
-                if (tid < ROWS) fed[tid] = n >= first_step[tid] ? prefix[static_cast<size_t>(first + tid) * P + n - first_step[tid]] : -1;
+                if (tid < ROWS) {
+                    const int at = n - first_step[tid];
+                    fed[tid] = at >= 0 ? prefix[static_cast<size_t>(first + tid) * P + at] : -1;
+                }
             } else {
                 const int q = tid / GROUP_THREADS, thread = tid % GROUP_THREADS;
                 if (q < rows) {
                     const uint32_t draw = uniform24(key0, key1, sequence + first + q, position + (n - P));
-                    const int token = choose<GROUP_THREADS>(logits + static_cast<size_t>(q) * V, V,
-                                                            weights + static_cast<size_t>(q) * weights_of_row, how, draw,
-                                                            choices[q], thread, 1 + q);
+                    const REAL* own_logits = logits + static_cast<size_t>(q) * V;
+                    uint64_t* own_weights = weights + static_cast<size_t>(q) * weights_of_row;
+                    const int token =
+                        choose<GROUP_THREADS>(own_logits, V, own_weights, how, draw, choices[q], thread, 1 + q);
                     if (thread == 0) {
                         tokens[static_cast<size_t>(first + q) * N + n - P] = token;
                         fed[q] = token;
@@ -201,10 +205,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) generate_kernel(
             __syncthreads();
             if (feed) {
                 for (int q = 0; q < rows; ++q) {
-                    const int token = fed[q];
-                    if (token < 0) continue;
+                    if (fed[q] < 0) continue;
+                    const REAL* row = W_xh + static_cast<size_t>(fed[q]) * H;
                     for (int k = tid; k < H; k += THREADS)
-                        h[k * ROWS + q] = hyperbolic_tangent(W_xh[static_cast<size_t>(token) * H + k] + z[q * H + k] + b_h[k]);
+                        h[k * ROWS + q] = hyperbolic_tangent(row[k] + z[q * H + k] + b_h[k]);
                 }
             }
             __syncthreads();   // the state is whole before anybody reads it

@@ -6,10 +6,13 @@
 // What crosses between blocks is pushed (st.async) and counted by the receiver's mbarrier: new states, and the tiles'
 // best tokens (greedy) or the logits (sampled). Nobody waits for anything else.
 //
-// The chain of a token, greedy, at H = 256, V = 1,027, in cycles (estimates; 1.8 a nanosecond):
-//   state arrives 220 | read it 30, 64 FMAs a thread 260, sums over 16 lanes 100, best of the tile 70 |
-//   bests arrive 220 | best of 131: 130 | row of W_xh 30, tanh 80, pair 25                        = 1,165: 0.65 µs
-// h W_hh runs while the bests travel. Sampled, each block chooses for itself from all logits: 750 more.
+// The chain of a token at H = 256, V = 1,027, in cycles (estimates; 1.8 to 1.9 a nanosecond):
+//   greedy: state arrives 220 | read it 30, 64 FMAs a thread 260, sums over 16 lanes 100, best of the tile 70 |
+//           bests arrive 220 | best of 128: 130 | row of W_xh 30, tanh 80, pair 25          = 1,165: 0.6 µs
+//   sampled: the same until the sums, four logits together 50 | logits arrive, h W_hh from shared memory 380 |
+//           arg-max 240, weights 250, sum over the block 305, the token 60 | tanh and so on 135   = 2,030: 1.1 µs
+// and a few hundred for each digit that top-k and top-p look at. Greedy, h W_hh runs while the bests travel.
+// The FMAs are 258 cycles of 128 lanes; so several sequences a cluster, which share the latencies, cost that much each.
 //
 // HIDDEN: 64, 128 or 256. SAMPLED: 0: arg-max, 1: temperature, top-k, top-p.
 #include "choose.cuh"
@@ -223,8 +226,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     // more, and only then are h_{n+1} and the bests of step n + 1 pushed. A warp without units reads h_{n-1} before it
     // pushes the best of its tile in step n, and h_n is pushed after all these have arrived.
     // The same chain keeps every phase of an mbarrier to its own bytes: nobody is two steps ahead of anybody. A phase
-    // does not end before it is armed, so bytes may be earlier than that. Every warp arms the states' phases, for a warp
-    // that has nothing to push must not miss one either.
+    // does not end before it is armed, so bytes may be earlier than that. Every warp arms the states' phases: one that
+    // has nothing to push must not miss any either.
     const shared_address at = kept_address_of(memory);
     constexpr int CHOICE_FULL = __builtin_offsetof(Fixed, choice_full);
     for (int n = begin; n < end; ++n) {
@@ -242,7 +245,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         auto remote = [&](shared_address address) { return cluster_map(address, to); };
         const shared_address fed_at = at + FIXED_BYTES + 8 * HIDDEN * pairs + (pairs + 1) / 2 * 16;
 #if SAMPLED
-        const shared_address units_at = fed_at + (resident ? 4 * V * UNITS : 0), logits_at = units_at + 4 * UNITS * HIDDEN;
+        const shared_address units_at = fed_at + (resident ? 4 * V * UNITS : 0);
+        const shared_address logits_at = units_at + 4 * UNITS * HIDDEN;
 #else
         const shared_address bests_at = at + __builtin_offsetof(Fixed, bests);
 #endif
@@ -272,9 +276,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
                         for (int j = 0; j < COLUMNS; ++j) sum[j] += x[c] * w_hq[i][c][j];
                 }
-                const int column = half * COLUMNS + slice * COLUMNS / 16;   // of the tile: what the fold leaves the lane
-                const float logit =
-                    fold(sum, lane) + load_shared<float>(at + __builtin_offsetof(Fixed, b_tiles) + 4 * (warp * TILE + column));
+                const int column = half * COLUMNS + slice * COLUMNS / 16;   // of the tile, which fold leaves the lane
+                const shared_address bias = at + __builtin_offsetof(Fixed, b_tiles) + 4 * (warp * TILE + column);
+                const float logit = fold(sum, lane) + load_shared<float>(bias);
                 left[0] = fold(left, lane);
                 __syncwarp();   // every lane has read h
 #if SAMPLED
@@ -391,7 +395,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 fresh = tanhf(row + z + load_shared<float>(at + __builtin_offsetof(Fixed, b_units) + 4 * own));
             }
         }
-        __syncwarp();   // every lane has read what these pushes allow to overwrite, and seen the phases that are re-armed
+        __syncwarp();   // every lane has read what these pushes let others overwrite, and seen the phases that end
         if (feed && has_units) {
 #pragma unroll 1
             for (int q = 0; q < rows; ++q) {

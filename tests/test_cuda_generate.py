@@ -82,6 +82,12 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return ENGINES[request.param]
 
 
+@pytest.fixture(params=["block", "rows", "cluster", "cluster of rows"])
+def resident(request: pytest.FixtureRequest) -> Engine:
+    """The engines that keep everything on chip."""
+    return ENGINES[request.param]
+
+
 # --- calls -----------------------------------------------------------------------------------
 
 
@@ -182,13 +188,16 @@ SIZES = {
     "smallest": (1, 1, 4, 1, 2),
     "odd": (3, 4, 8, 33, 31),
     "many": (17, 3, 4, 64, 257),
-    "wide": (3, 2, 3, 130, 257),
+    "wide": (3, 2, 3, 100, 257),
     "headline": (1, 2, 3, 256, 1027),
 }
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "decoding"),
+    [("odd", name) for name in DECODINGS]
+    + [(size, name) for size in SIZES if size != "odd" for name in ("greedy", "both")],
+)
 def test_tokens_and_state(engine: Engine, size: str, decoding: str) -> None:
     device = engine.device()
     call = draw(*SIZES[size], DECODINGS[decoding])
@@ -196,17 +205,19 @@ def test_tokens_and_state(engine: Engine, size: str, decoding: str) -> None:
     assert [kernel.name for kernel in device.launched] == [engine.kernel]
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "both"])
 @pytest.mark.parametrize("name", ["block", "rows", "block, global memory", "rows, global memory"])
-def test_float64(name: str, decoding: str) -> None:
-    call = draw(5, 3, 6, 33, 41, DECODINGS[decoding], np.float64)
-    check(call, *call.run(ENGINES[name].device()))
+def test_float64(name: str) -> None:
+    for decoding in (GREEDY, BOTH):
+        call = draw(5, 3, 6, 33, 41, decoding, np.float64)
+        check(call, *call.run(ENGINES[name].device()))
 
 
 @pytest.mark.parametrize("size", [(2, 2, 3, 300, 65), (1, 1, 2, 37, 20_000)], ids=["H", "V"])
-def test_what_does_not_fit_a_cluster_goes_to_the_general_kernel(size: Any) -> None:
+def test_what_does_not_fit_a_cluster_goes_to_the_general_kernel(
+    size: tuple[int, int, int, int, int],
+) -> None:
     device = ENGINES["cluster"].device()
-    call = draw(*size, BOTH)
+    call = draw(*size, decoding=BOTH)
     check(call, *call.run(device))
     assert device.launched[0].name == "generate_kernel"
 
@@ -219,10 +230,10 @@ def test_without_room_for_a_cluster_the_general_kernel_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("V", "resident"), [(1027, True), (1700, False), (2599, False)], ids=["all", "most", "full"]
+    ("V", "all_resident"), [(1027, True), (1700, False), (2624, False)], ids=["all", "most", "full"]
 )
 @pytest.mark.parametrize("decoding", ["greedy", "top-k"])
-def test_output_layers_larger_than_the_registers(V: int, resident: bool, decoding: str) -> None:
+def test_output_layers_larger_than_the_registers(V: int, all_resident: bool, decoding: str) -> None:
     device = ENGINES["cluster of rows"].device()
     call = draw(2, 1, 3, 250, V, DECODINGS[decoding])
     fits = launch._cluster_plan(device, launch.Sizes(2, 1, 3, 250, V), decoding == "greedy")
@@ -230,14 +241,14 @@ def test_output_layers_larger_than_the_registers(V: int, resident: bool, decodin
     assert device.launched[0].name == ("generate_cluster_kernel" if fits else "generate_kernel")
     if decoding == "greedy":
         assert fits is not None
-        assert fits[1] == resident
+        assert fits[1] == all_resident
 
 
 def test_the_same_bits_in_every_order_of_threads(engine: Engine) -> None:
     for decoding in (GREEDY, BOTH):
         call = draw(3, 2, 4, 33, 31, decoding)
         tokens, state = call.run(engine.device())
-        for order in ORDERS[1:]:
+        for order in ORDERS[1:4]:
             again, end = call.run(engine.device(order))
             np.testing.assert_array_equal(again, tokens, str(order))
             np.testing.assert_array_equal(end, state, str(order))
@@ -257,40 +268,43 @@ def test_every_kernel_is_among_the_variants(engine: Engine) -> None:
 # --- going on --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "both"])
-def test_a_continuation_goes_on_exactly(engine: Engine, decoding: str) -> None:
-    call = draw(3, 3, 7, 24, 40, DECODINGS[decoding])
-    whole, end = call.run(engine.device())
-    first, middle = replace(call, num_tokens=3).run(engine.device())
+def test_a_continuation_goes_on_exactly(resident: Engine) -> None:
+    call = draw(3, 3, 7, 24, 40, BOTH)
+    whole, end = call.run(resident.device())
+    first, middle = replace(call, num_tokens=3).run(resident.device())
     last, state = replace(
-        call, prefix=first[:, -1:], lengths=np.ones(3, np.int32), num_tokens=4, h0=middle, position=3
-    ).run(engine.device())
+        call,
+        prefix=first[:, -1:],
+        lengths=np.ones(3, np.int32),
+        num_tokens=4,
+        h0=middle,
+        position=3,
+    ).run(resident.device())
     np.testing.assert_array_equal(np.hstack([first, last]), whole)
     np.testing.assert_array_equal(state, end)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
 def test_long_continuations_take_several_launches(
-    engine: Engine, steps: int, monkeypatch: pytest.MonkeyPatch
+    resident: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = draw(3, 3, 6, 24, 40, BOTH)
-    tokens, state = call.run(engine.device())
-    monkeypatch.setattr(launch, "LAUNCH_STEPS", steps)
-    device = engine.device()
+    tokens, state = call.run(resident.device())
+    monkeypatch.setattr(launch, "LAUNCH_STEPS", 2)
+    device = resident.device()
     again, end = call.run(device)
-    assert len(device.launched) == -(-9 // steps)
+    assert len(device.launched) == 5
     np.testing.assert_array_equal(again, tokens)
     np.testing.assert_array_equal(end, state)
 
 
-def test_sequences_draw_from_streams_of_their_own(engine: Engine) -> None:
+def test_sequences_draw_from_streams_of_their_own(resident: Engine) -> None:
     hot = Decoding(temperature=2.0, seed=9)
     call = replace(draw(3, 1, 8, 24, 40, hot), prefix=np.zeros((3, 1), np.int32))
-    together, _ = call.run(engine.device())
+    together, _ = call.run(resident.device())
     assert len({tuple(row) for row in together}) == 3
-    alone, _ = replace(
-        call, prefix=call.prefix[:1], lengths=call.lengths[:1], sequence=2
-    ).run(engine.device())
+    alone, _ = replace(call, prefix=call.prefix[:1], lengths=call.lengths[:1], sequence=2).run(
+        resident.device()
+    )
     np.testing.assert_array_equal(alone[0], together[2])
 
 
@@ -331,7 +345,7 @@ def rounded_logits(V: int) -> NDArray[np.float64]:
     return np.round(np.random.default_rng(V).normal(0, 2, V) * 4) / 4
 
 
-LOGITS: dict[str, NDArray[np.float64]] = {
+LOGITS: dict[str, NDArray[Any]] = {
     "one": np.array([3.0]),
     "two zeros": np.array([-0.0, 0.0, -1.0]),
     "equal": np.full(65, -7.25),
@@ -352,37 +366,41 @@ CHOICES = {
 }
 
 
-@pytest.fixture(params=["block", "rows", "cluster", "cluster of rows"])
-def chooser(request: pytest.FixtureRequest) -> Engine:
-    return ENGINES[request.param]
+def check_choices(engine: Engine, logits: NDArray[Any], S: int, decoding: Decoding) -> None:
+    call = given(logits, S, 4, decoding)
+    tokens, _ = call.run(engine.device())
+    np.testing.assert_array_equal(tokens, definition(call), str(decoding))
 
 
 @pytest.mark.parametrize("logits", LOGITS)
-def test_choices_are_those_of_the_definition(chooser: Engine, logits: str) -> None:
-    S = 3 if "cluster" in chooser.kernel else 16
+@pytest.mark.parametrize("name", ["block", "rows"])
+def test_choices_are_those_of_the_definition(name: str, logits: str) -> None:
     for decoding in CHOICES.values():
-        call = given(LOGITS[logits].astype(np.float32), S, 4, decoding)
-        tokens, _ = call.run(chooser.device())
-        np.testing.assert_array_equal(tokens, definition(call), str(decoding))
+        check_choices(ENGINES[name], LOGITS[logits].astype(np.float32), 16, decoding)
+
+
+@pytest.mark.parametrize("logits", ["one", "two zeros", "large grid"])
+@pytest.mark.parametrize("name", ["cluster", "cluster of rows"])
+def test_choices_of_clusters(name: str, logits: str) -> None:
+    for decoding in ("greedy", "both", "half"):
+        check_choices(ENGINES[name], LOGITS[logits].astype(np.float32), 3, CHOICES[decoding])
 
 
 @pytest.mark.parametrize("logits", ["grid", "close", "far apart"])
-def test_choices_in_float64(logits: str) -> None:
-    for name in ("block", "rows"):
-        for decoding in CHOICES.values():
-            call = given(LOGITS[logits], 8, 4, decoding)
-            tokens, _ = call.run(ENGINES[name].device())
-            np.testing.assert_array_equal(tokens, definition(call), str(decoding))
+@pytest.mark.parametrize("name", ["block", "rows"])
+def test_choices_in_float64(name: str, logits: str) -> None:
+    for decoding in CHOICES.values():
+        check_choices(ENGINES[name], LOGITS[logits], 8, decoding)
 
 
 @pytest.mark.parametrize("seed", [12121362, 16390493], ids=["0", "1 - 2**-24"])
-def test_extreme_uniforms(chooser: Engine, seed: int) -> None:
+def test_extreme_uniforms(resident: Engine, seed: int) -> None:
     assert uniform(seed, 0, 0) in (0.0, 1 - 2.0**-24)
     # The first token's weight is 1e-30, the last one's 0.
     logits = np.array([-69.0, 0.0, -1.0, 0.0, -1000.0], np.float32)
     for extra in ({}, {"top_k": 3}, {"top_p": 0.9}):
         call = given(logits, 1, 1, Decoding(temperature=1.0, seed=seed, **extra))
-        tokens, _ = call.run(chooser.device())
+        tokens, _ = call.run(resident.device())
         np.testing.assert_array_equal(tokens, definition(call))
 
 
@@ -397,24 +415,24 @@ def test_extreme_uniforms(chooser: Engine, seed: int) -> None:
     ids=["some NaN", "all NaN", "infinity", "minus infinity"],
 )
 def test_no_distribution_still_gives_a_token(
-    chooser: Engine, logits: NDArray[Any], want: int
+    resident: Engine, logits: NDArray[Any], want: int
 ) -> None:
     for decoding in (GREEDY, BOTH):
         call = given(logits.astype(np.float32), 3, 2, decoding)
-        tokens, _ = call.run(chooser.device())
+        tokens, _ = call.run(resident.device())
         np.testing.assert_array_equal(tokens, want)
 
 
-def test_a_state_of_nan_stays_one(chooser: Engine) -> None:
+def test_a_state_of_nan_stays_one(resident: Engine) -> None:
     for decoding in (GREEDY, BOTH):
         call = draw(3, 2, 3, 33, 31, decoding)
         h0 = np.zeros((3, 33), np.float32)
         h0[1, 5] = np.nan
-        tokens, state = replace(call, h0=h0).run(chooser.device())
+        tokens, state = replace(call, h0=h0).run(resident.device())
         assert tokens.min() >= 0
         assert tokens.max() < 31
         np.testing.assert_array_equal(np.isnan(state).all(axis=1), [False, True, False])
-        clean, _ = call.run(chooser.device())
+        clean, _ = call.run(resident.device())
         np.testing.assert_array_equal(tokens[[0, 2]], clean[[0, 2]])
 
 
@@ -471,23 +489,22 @@ TWINS = {
         "choose.cuh", ">= wanted) enough = middle", "> wanted) enough = middle", "block",
         given_logits,
     ),
+    "no barrier before the sums": Twin(
+        "generate.cu", "__syncthreads();   // logits and sums are whole", "//", "block",
+        random_models,
+    ),
     "the last state once more": Twin(
         "generate_cluster.cu", "h_old = at + 4 * now", "h_old = at + 4 * (1 - now)", "cluster",
         random_models,
     ),
     "no wait for the state": Twin(
-        "generate_cluster.cu", "if (m > 0) mbarrier_wait(&fixed.state_full[now], (m - 1) >> 1 & 1);",
-        "", "cluster", random_models,
+        "generate_cluster.cu", "if (m > 0) mbarrier_wait(", "if (m < 0) mbarrier_wait(", "cluster",
+        random_models,
     ),
     "no wait for the bests": Twin(
         "generate_cluster.cu",
         "            if (has_units) {\n                mbarrier_wait(&fixed.choice_full, phase);\n",
         "            if (has_units) {\n", "cluster", random_models,
-    ),
-    "a push too few": Twin(
-        "generate_cluster.cu", "                if (lane < CLUSTER)\n                    st_async(remote(bests_at",
-        "                if (lane < CLUSTER - 1)\n                    st_async(remote(bests_at", "cluster",
-        random_models,
     ),
 }  # fmt: skip
 
@@ -499,11 +516,10 @@ def test_wrong_twins_are_found(name: str, tmp_path: Path) -> None:
         wrong.found(ENGINES[wrong.engine], wrong.sources(tmp_path))
 
 
-def test_right_twins_are_not_found(tmp_path: Path) -> None:
-    for engine in ("block", "cluster"):
-        for found in (random_models, given_logits):
-            twin = Twin("philox.cuh", "ROUNDS = 10", "ROUNDS = 10", engine, found)
-            found(ENGINES[engine], twin.sources(tmp_path))
+def test_a_right_twin_is_not_found(tmp_path: Path) -> None:
+    for found in (random_models, given_logits):
+        twin = Twin("philox.cuh", "ROUNDS = 10", "ROUNDS = 10", "block", found)
+        found(ENGINES["block"], twin.sources(tmp_path))
 
 
 # --- sanitizers ------------------------------------------------------------------------------
@@ -512,11 +528,11 @@ def test_right_twins_are_not_found(tmp_path: Path) -> None:
 def toys(engine: str) -> Iterator[tuple[Engine, Call]]:
     """Small calls, one for each compiled kernel of an engine."""
     for decoding in (GREEDY, BOTH) if "cluster" in engine else (BOTH,):
-        yield ENGINES[engine], draw(2, 2, 2, 9, 11, decoding)
+        yield ENGINES[engine], draw(2, 1, 2, 9, 11, decoding)
 
 
 @pytest.mark.parametrize("kind", ["address", "thread"])
-@pytest.mark.parametrize("name", ["block", "rows", "rows, global memory", "cluster of rows"])
+@pytest.mark.parametrize("name", ["rows", "block, global memory", "cluster of rows"])
 def test_under_a_sanitizer(kind: Any, name: str) -> None:
     for engine, call in toys(name):
         device = sanitized(kind, engine.capability, multiprocessors=engine.multiprocessors)
@@ -525,30 +541,10 @@ def test_under_a_sanitizer(kind: Any, name: str) -> None:
         check(call, *call.run(device))
 
 
-RACES = {
-    "no barrier before the next token": Twin(
-        "generate.cu", "            __syncthreads();   // the state is whole before anybody reads it\n",
-        "", "block", random_models,
-    ),
-    "no barrier before the logits are added up": Twin(
-        "generate.cu", "            __syncthreads();   // logits and sums are whole, but for the tiles that were cut\n", "", "block",
-        random_models,
-    ),
-    "no barrier between digits": Twin(
-        "choose.cuh", "            sync();   // the histogram is empty\n", "", "block", random_models
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RACES)
-def test_races_are_found(name: str, tmp_path: Path) -> None:
-    wrong = RACES[name]
-    engine = ENGINES[wrong.engine]
-    device = sanitized(
-        "thread",
-        engine.capability,
-        multiprocessors=engine.multiprocessors,
-        sources=wrong.sources(tmp_path),
+def test_a_missing_barrier_is_a_race(tmp_path: Path) -> None:
+    wrong = Twin(
+        "generate.cu", "__syncthreads();   // the state is whole", "//", "block", random_models
     )
+    device = sanitized("thread", 80, multiprocessors=128, sources=wrong.sources(tmp_path))
     with pytest.raises(SanitizerError):
         draw(1, 2, 3, 9, 200, BOTH).run(device)

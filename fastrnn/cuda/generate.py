@@ -1,8 +1,9 @@
 """Launches the generation kernels: ``kernels/generate.cu`` and ``kernels/generate_cluster.cu``.
 
 The cluster kernel holds all weights on chip. It takes float32 models of up to 256 units whose
-output layer fits (2,600 columns or so at 256 units and 227 KiB of shared memory a block), where a
-cluster of eight blocks can run. Everything else goes to the general kernel.
+output layer fits (2,624 columns at 256 units and 227 KiB of shared memory a block, 2,176 where
+tokens are sampled), where a cluster of eight blocks can run. Everything else goes to the general
+kernel.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class _Plan(NamedTuple):
 
 def _general_plan(device: Device, sizes: Sizes, dtype: np.dtype[Any], greedy: bool) -> _Plan:
     arch = device.arch
-    rows = 1 if sizes.S <= max(1, arch.multiprocessors // SPARE) else _rows(dtype)
+    few = max(1, arch.multiprocessors // SPARE)
+    rows = _rows(dtype) if few < sizes.S else 1
     kernel = _general_kernel(dtype, rows, _general_bytes(sizes, dtype.itemsize, rows, greedy))
     if kernel.shared_bytes + GENERAL_STATIC_BYTES > arch.shared_bytes:
         kernel = _general_kernel(dtype, rows, None)
@@ -130,7 +132,7 @@ def _cluster_kernel(hidden: int, greedy: bool, shared_bytes: int) -> Kernel:
 
 
 class _Output(NamedTuple):
-    """How the columns of W_hq lie on a cluster: tiles in registers, pairs a block in shared memory."""
+    """How W_hq lies on a cluster: tiles in registers, pairs of columns a block in shared memory."""
 
     tiles: int
     pairs: int
@@ -162,7 +164,7 @@ def _cluster_fixed_bytes(hidden: int) -> int:
 
 def _cluster_plan(device: Device, sizes: Sizes, greedy: bool) -> tuple[_Plan, bool] | None:
     """The plan and whether W_xh is resident; None where the kernel cannot take the call."""
-    hidden = next((size for size in CLUSTER_HIDDEN if sizes.H <= size), None)
+    hidden = next((size for size in CLUSTER_HIDDEN if size >= sizes.H), None)
     if hidden is None or device.arch.capability < 90:
         return None
     for resident in (True, False):
@@ -220,7 +222,7 @@ def generate(
     clustered = _cluster_plan(device, sizes, greedy) if dtype == np.float32 else None
     if clustered is not None:
         plan, resident = clustered
-        output = _output(dict(plan.kernel.defines)["HIDDEN"], V)
+        output = _output(int(dict(plan.kernel.defines)["HIDDEN"]), V)
         middle = [plan.rows, *output, int(resident)]
     else:
         plan, middle = _general_plan(device, sizes, dtype, greedy), []
@@ -254,18 +256,15 @@ def _general_scratch(
 
 
 def variants() -> list[Kernel]:
-    """Every kernel that :func:`generate` can launch, with the shared memory of the headline size."""
+    """Every kernel that :func:`generate` can launch, with the shared memory of a common size."""
     kernels = []
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
         for rows in (1, _rows(dtype)):
-            sizes = Sizes(rows, 1, 1, 256, 65 if rows > 1 else 1027)
-            kernels.append(_general_kernel(dtype, rows, None))
-            kernels.append(
-                _general_kernel(dtype, rows, _general_bytes(sizes, dtype.itemsize, rows, True))
-            )
+            sizes = Sizes(rows, 1, 1, 256, 1027 if rows == 1 else 65)
+            size = _general_bytes(sizes, dtype.itemsize, rows, greedy=True)
+            kernels += [_general_kernel(dtype, rows, None), _general_kernel(dtype, rows, size)]
     for hidden in CLUSTER_HIDDEN:
         for greedy in (True, False):
-            kernels.append(
-                _cluster_kernel(hidden, greedy, _cluster_bytes(hidden, 1027, greedy, False))
-            )
+            size = _cluster_bytes(hidden, 1027, greedy, resident=False)
+            kernels.append(_cluster_kernel(hidden, greedy, size))
     return kernels
