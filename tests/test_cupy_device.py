@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -114,10 +115,12 @@ class FakeCupy(ModuleType):
 
         def raw_module(code: str, options: tuple[str, ...], backend: str) -> SimpleNamespace:
             assert backend == "nvrtc"
-            module = SimpleNamespace(
-                code=code, options=options,
-                get_function=lambda name: FakeFunction(self.log, name, options),
-            )  # fmt: skip
+            made: dict[str, FakeFunction] = {}
+
+            def get_function(name: str) -> FakeFunction:
+                return made.setdefault(name, FakeFunction(self.log, name, options))
+
+            module = SimpleNamespace(code=code, options=options, get_function=get_function)
             self.modules.append(module)
             return module
 
@@ -249,6 +252,13 @@ def test_modules_are_compiled_once_with_constants_and_a_digest_of_all_sources(
         ]
         * 2
     )
+
+
+def test_kernels_of_one_function_keep_the_largest_shared_memory(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+    small = replace(WIDE, shared_bytes=60 * 1024)
+    for kernel in (WIDE, small, WIDE):
+        device.launch(kernel, 1, [])
 
 
 def test_branches_start_after_what_was_submitted_and_are_joined(fake: FakeCupy) -> None:

@@ -140,6 +140,7 @@ class CupyDevice(Device):
         )
         self._modules: dict[tuple[str, tuple[tuple[str, int | str], ...]], Any] = {}
         self._functions: dict[Kernel, Any] = {}
+        self._shared_limits: dict[Any, int] = {}
         self._clusters: dict[Kernel, int] = {}
         self._lock = threading.Lock()
         # Streams and events belong to the thread that submits: two threads may run ops at once.
@@ -195,8 +196,12 @@ class CupyDevice(Device):
                     code=code, options=(*self._options, *defines), backend="nvrtc"
                 )
             function = self._modules[key].get_function(kernel.name)
-            if kernel.shared_bytes:  # with the static ones more than 48 KiB need the opt-in
-                function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+            # The limit belongs to the function, which kernels of several sizes may share. With
+            # its static shared memory it can need the opt-in below 48 KiB as well.
+            limit = max(kernel.shared_bytes, self._shared_limits.get((key, kernel.name), 0))
+            if limit:
+                function.max_dynamic_shared_size_bytes = limit
+                self._shared_limits[key, kernel.name] = limit
             self._functions[kernel] = function
             return function
 
