@@ -34,6 +34,8 @@ TOY_SWEEPS = {"T": (2, 5), "B": (1, 3), "H": (8, 17), "V": (5, 31)}
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.benchmark_enable and config.getoption("numprocesses", None):
+        raise pytest.UsageError("benchmarks are timed in one process: add -n 0")
     if config.option.benchmark_storage == "file://./.benchmarks":
         config.option.benchmark_storage += "/" + machine_slug(machine())
 

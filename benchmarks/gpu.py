@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -78,9 +77,14 @@ def _tests(result: Path, emulate: bool) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "--maxfail=10"]
     if emulate:
         return [*command, "tests/test_step.py", "-k", "sm_90 and smallest and carried"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", "6"]
-    return [*command, *TESTS, "-k", "(cupy or numba-cuda or cuda) and not sm_"]
+    return [
+        *command,
+        "-n",
+        "6",
+        *TESTS,
+        "-k",
+        "(cupy or numba-cuda or cuda) and not sm_",
+    ]
 
 
 def _sanitizer(tool: str) -> Callable[[Path, bool], list[str]]:

@@ -62,7 +62,7 @@ OPTIONS = ("-q", "-rA", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"
 def test_ops_steps_and_generation_in_the_simulator() -> None:
     """``tests/numba_cuda_simulated.py``, in a process where the simulator is numba's CUDA."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/numba_cuda_simulated.py", *OPTIONS],
+        [sys.executable, "-m", "pytest", "-n", "0", "tests/numba_cuda_simulated.py", *OPTIONS],
         cwd=ROOT,
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
