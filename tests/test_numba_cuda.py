@@ -55,7 +55,7 @@ def kernels() -> Any:
 # --- in the simulator ------------------------------------------------------------------------
 
 
-OPTIONS = ("-q", "-rA", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist")
+OPTIONS = ("-q", "-rA", "--tb=short", "-p", "no:cacheprovider")
 
 
 @needs_package
