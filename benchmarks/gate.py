@@ -32,6 +32,7 @@ class Gate:
     size: str
     peer: str
     at_least: float
+    ours: str = OURS
 
 
 GATES = (
@@ -68,15 +69,15 @@ class Verdict:
         return self.measured is not None and self.measured >= self.gate.at_least * (1 - margin)
 
 
-def judge(result: BenchResult, gates: Sequence[Gate] = GATES, ours: str = OURS) -> list[Verdict]:
+def judge(result: BenchResult, gates: Sequence[Gate] = GATES) -> list[Verdict]:
     """Hold a result against the gates."""
-    return [_judge(result, gate, ours) for gate in gates]
+    return [_judge(result, gate) for gate in gates]
 
 
-def _judge(result: BenchResult, gate: Gate, ours: str) -> Verdict:
-    mine = result.find(gate.workload, gate.size, ours)
+def _judge(result: BenchResult, gate: Gate) -> Verdict:
+    mine = result.find(gate.workload, gate.size, gate.ours)
     if mine is None or mine.seconds is None:
-        return Verdict(gate, None, f"{ours}: " + (mine.reason if mine else "not measured"))
+        return Verdict(gate, None, f"{gate.ours}: " + (mine.reason if mine else "not measured"))
     if gate.peer == "floor":
         if mine.floor is None:
             return Verdict(gate, None, "no SGEMM rate was measured")
