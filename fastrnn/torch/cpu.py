@@ -23,7 +23,7 @@ from fastrnn.backends.cpu_threads import Team
 from fastrnn.backends.numba_cpu import NumbaBackend, _panels
 
 _WORTH_THREADS = 1e6
-"""Operations from which a parallel region pays: its threads are mostly awake already."""
+"""Operations from which a parallel region pays, its threads being awake, if they never meet."""
 
 
 class TorchNumbaBackend(NumbaBackend):
@@ -53,6 +53,9 @@ class TorchNumbaBackend(NumbaBackend):
         return dz, dh0
 
     def _run(self, operations: float, function: Any, *arguments: Any) -> None:
+        if function in (kernels.recurrence, kernels.bptt):
+            super()._run(operations, function, *arguments)  # its threads meet at every time step
+            return
         threads = self._team.size if operations >= _WORTH_THREADS else 1
         self._team.run(function, *arguments, threads=threads)
 
