@@ -174,8 +174,8 @@ class NeverLooksBack(fastrnn.torch.RNN):
 
 
 class LosesABias(fastrnn.torch.RNN):
-    def _input_product(self, layer: int, input: Any, W_ih: Any, bias: Any) -> Any:
-        return nn.functional.linear(input, W_ih, bias - self.bias_hh_l0)
+    def _layer(self, k: int, x: Any, W_xh: Any, bias: Any, W_hh: Any, h0: Any) -> Any:
+        return super()._layer(k, x, W_xh, bias - self.bias_hh_l0, W_hh, h0)
 
 
 class KeepsTheGradient(fastrnn.torch.RNN):
@@ -344,7 +344,7 @@ def test_calls_that_torch_refuses(name: str) -> None:
 
 def test_a_state_of_another_dtype_is_refused() -> None:
     _, ours = pair(input_size=3, hidden_size=4)
-    with pytest.raises(TypeError, match=r"h0 must be torch.float32 like z, got torch.float64"):
+    with pytest.raises(TypeError, match=r"hx must be torch.float32 like x, got torch.float64"):
         ours(torch.zeros(5, 2, 3), torch.zeros(1, 2, 4, dtype=torch.float64))
 
 

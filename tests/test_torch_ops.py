@@ -45,6 +45,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
         normal(B, H),
         True,
     ),
+    "layer": lambda: (normal(T, B, 3), normal(3, H), normal(H), normal(H, H), normal(B, H)),
     "cross_entropy": lambda: (normal(6, V), ids(6)),
     "clip_by_global_norm": lambda: ([normal(3, 2, grad=False), normal(4, grad=False)], 0.5),
 }
@@ -302,6 +303,39 @@ def test_arguments_are_checked() -> None:
         fastrnn.torch.cross_entropy(normal(0, V), ids(0))
 
 
+def test_gradients_that_do_not_fit_are_refused() -> None:
+    """What reaches these ops was checked before, unless somebody calls them, or swaps a tensor."""
+    dh, h, W_hh, h0, need = ARGUMENTS["recurrence_backward"]()
+    backward = torch.ops.fastrnn.recurrence_backward
+    with pytest.raises(TypeError, match=r"W_hh must be torch.float64 like z, got torch.float32"):
+        backward(dh, h, W_hh.float(), h0, need)
+    with pytest.raises(TypeError, match=r"dh must be torch.float64 like h, got torch.float32"):
+        backward(dh.float(), h, W_hh, h0, need)
+    with pytest.raises(ValueError, match=r"dh must have shape \(3, 2, 4\), got \(2, 2, 4\)"):
+        backward(dh[1:], h, W_hh, h0, need)
+    dz, tokens, _ = ARGUMENTS["gather_backward"]()
+    with pytest.raises(ValueError, match=r"tokens must have shape \(3, 2\), got \(2, 2\)"):
+        torch.ops.fastrnn.gather_backward(dz, tokens[1:], V)
+    with pytest.raises(ValueError, match=r"targets must have shape \(6,\), got \(5,\)"):
+        torch.ops.fastrnn.cross_entropy(normal(6, V), ids(5))
+    x, W_xh, bias, W_hh, h0 = ARGUMENTS["layer"]()
+    layer = functional.layer
+    with pytest.raises(ValueError, match=r"W_xh must have shape \(3, n\), got \(2, 4\)"):
+        layer(x, W_xh[1:], bias, W_hh, h0)
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\), got \(3,\)"):
+        layer(x, W_xh, bias[1:], W_hh, h0)
+    with pytest.raises(ValueError, match=r"hx must have shape \(2, 4\), got \(1, 4\)"):
+        layer(x, W_xh, None, W_hh, h0[1:])
+
+
+def test_weights_that_change_their_dtype_before_backward() -> None:
+    z, W_hh, h0 = ARGUMENTS["recurrence"]()
+    h = fastrnn.torch.recurrence(z, W_hh, h0)
+    W_hh.data = W_hh.data.float()
+    with pytest.raises(TypeError, match=r"W_hh must be torch.float64"):
+        h.sum().backward()
+
+
 def test_autocast_gives_the_ops_float32() -> None:
     half = [a.detach().bfloat16() for a in ARGUMENTS["recurrence"]()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -351,7 +385,7 @@ class FakeOps:
         self.calls: list[str] = []
 
     def __getattr__(self, op: str) -> Any:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, out: Any = None) -> Any:
             flat = [x for a in arguments for x in (a if isinstance(a, list) else [a])]
             tensors = [a for a in flat if isinstance(a, torch.Tensor)]
             assert all(isinstance(a, OnCuda) and not a.requires_grad for a in tensors)
@@ -360,6 +394,8 @@ class FakeOps:
             if op == "clip_by_global_norm":
                 given[0] = [plain(g) for g in arguments[0]]
             result = getattr(open_backend("numpy"), op)(*given)
+            if out is not None:
+                return out.copy_(torch.from_numpy(result).as_subclass(OnCuda))
             if isinstance(result, tuple):
                 return tuple(torch.from_numpy(r).as_subclass(OnCuda) for r in result)
             return torch.from_numpy(result).as_subclass(OnCuda)
@@ -389,7 +425,7 @@ def test_cuda_tensors_go_through_fastrnn_ops(op: str, monkeypatch: pytest.Monkey
     fake = FakeOps()
     monkeypatch.setattr(functional, "ops", fake)
     got = real(*tensors(lambda a: a.as_subclass(OnCuda)))
-    assert fake.calls == [op]
+    assert fake.calls == [{"layer": "recurrence"}.get(op, op)]
     if isinstance(want, torch.Tensor):
         got, want = (got,), (want,)
     for a, b in zip(got, want, strict=True):
@@ -482,6 +518,32 @@ def test_a_whole_training_step_compiles() -> None:
     assert output.dtype == torch.bfloat16  # of the linear layer; its input was float32
 
 
+def test_the_short_way_past_the_dispatcher_gives_the_same() -> None:
+    for op in ("gather", "recurrence", "layer", "cross_entropy"):
+        arguments = ARGUMENTS[op]()
+        leaves = [a for a in arguments if a.requires_grad]
+        found = []
+        for call in (getattr(functional, f"_{op}"), getattr(functional, f"_{op}").custom_op):
+            results = call(*arguments)
+            results = results if isinstance(results, tuple) else (results,)
+            found.append([*results, *torch.autograd.grad(results[0].square().sum(), leaves)])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracers_see_the_operator_not_its_result() -> None:
+    arguments = tuple(a.detach() for a in ARGUMENTS["recurrence"]())
+    others = tuple(a + 1 for a in arguments)
+    traced = torch.jit.trace(fastrnn.torch.recurrence, arguments)
+    assert "fastrnn::recurrence" in str(traced.graph)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(fastrnn.torch.recurrence)(*arguments)
+    assert "fastrnn.recurrence" in graph.code
+    for function in (traced, graph):
+        assert torch.equal(function(*others), fastrnn.torch.recurrence(*others))
+
+
 def test_errors_come_out_of_the_compiler() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(fastrnn.torch.recurrence, backend="aot_eager")
@@ -497,7 +559,7 @@ def test_exports_with_dynamic_shapes() -> None:
         ours, (x.detach(),), dynamic_shapes={"input": {0: steps, 1: batch}}
     )
     names = {str(node.target) for node in exported.graph.nodes}
-    assert "fastrnn.recurrence.default" in names
+    assert "fastrnn.layer.default" in names
     other = normal(9, 3, 3, grad=False)
     torch.testing.assert_close(exported.module()(other)[0], ours(other)[0])
 

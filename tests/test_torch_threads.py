@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import fastrnn.torch  # noqa: E402
-from fastrnn.backends import cpu_kernels  # noqa: E402
+from fastrnn.backends.cpu_openmp import ON_OPENMP  # noqa: E402
 from fastrnn.backends.cpu_threads import Team  # noqa: E402
 from fastrnn.torch import cpu, functional  # noqa: E402
 
@@ -51,7 +51,7 @@ class Spy(cpu.OpenMPTeam):
         self.regions: list[Any] = []
 
     def run(self, function: Any, *arguments: Any, threads: int) -> None:
-        assert function in cpu_kernels.ON_OPENMP
+        assert function in ON_OPENMP
         self.regions.append(function)
         super().run(function, *arguments, threads=self.size)
 
@@ -77,9 +77,13 @@ def test_every_op_on_openmp_threads(size: int, dtype: str, shape: Any) -> None:
     for W_hh in (p["W_hh"], np.asfortranarray(p["W_hh"])):
         h = backend.recurrence(z, W_hh, h0)
         assert_close("recurrence", h, oracle.recurrence(z, W_hh, h0))
-        dz, _, dh0 = oracle.recurrence_backward(dh, h, W_hh, h0)
-        for a, b in zip(backend.bptt(dh, h, W_hh, h0), (dz, dh0), strict=True):
+        want = oracle.recurrence_backward(dh, h, W_hh, h0)
+        for a, b in zip(backend.recurrence_backward(dh, h, W_hh, h0), want, strict=True):
             assert_close("recurrence_backward", a, b)
+        dz, dh0 = np.full_like(dh, np.nan), np.full_like(h0, np.nan)
+        backend.recurrence_backward(dh, h, W_hh, h0, out=(dz, None, dh0))
+        assert_close("recurrence_backward", dz, want[0])
+        assert_close("recurrence_backward", dh0, want[2])
     for a, b in zip(
         backend.cross_entropy(logits, tokens), oracle.cross_entropy(logits, tokens), strict=True
     ):
@@ -89,7 +93,7 @@ def test_every_op_on_openmp_threads(size: int, dtype: str, shape: Any) -> None:
     assert_close("clip_by_global_norm", norm, oracle.clip_by_global_norm(same, 0.1))
     for a, b in zip(grads, same, strict=True):
         assert_close("clip_by_global_norm", a, b)
-    assert set(spy.regions) == set(cpu_kernels.ON_OPENMP)
+    assert set(spy.regions) == set(ON_OPENMP)
 
 
 LENT = """

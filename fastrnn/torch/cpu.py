@@ -17,43 +17,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastrnn.backend import Array
 from fastrnn.backends import cpu_kernels as kernels
+from fastrnn.backends.cpu_openmp import ON_OPENMP
 from fastrnn.backends.cpu_threads import Team
-from fastrnn.backends.numba_cpu import NumbaBackend, _panels
+from fastrnn.backends.numba_cpu import NumbaBackend
 
 _WORTH_THREADS = 1e6
 """Operations from which a parallel region pays, its threads being awake, if they never meet."""
 
 
 class TorchNumbaBackend(NumbaBackend):
-    """The numba backend on ``threads`` threads of torch, with one op more."""
+    """The numba backend on ``threads`` threads of torch."""
 
     def __init__(self, threads: int) -> None:
         openmp = openmp_entries()
         self._team = Team(threads) if openmp is None else OpenMPTeam(threads, openmp)
 
-    def bptt(self, dh: Array, h: Array, W_hh: Array, h0: Array) -> tuple[Array, Array]:
-        """``dz [T, B, H]`` and ``dh0 [B, H]`` of ``recurrence_backward``, without ``dW_hh``."""
-        T, B, H = h.shape
-        dz, dh0 = np.empty_like(dh), np.empty_like(h0)
-        self._run(
-            2 * T * B * H * H,
-            kernels.bptt,
-            B,
-            dh.reshape(-1, H),
-            h.reshape(-1, H),
-            W_hh,
-            dz.reshape(-1, H),
-            dh0,
-            _panels(H, H, h.dtype),
-            _panels(2 * B, H, h.dtype),
-            self._tiles(h.dtype),
-        )
-        return dz, dh0
-
     def _run(self, operations: float, function: Any, *arguments: Any) -> None:
-        if function in (kernels.recurrence, kernels.bptt):
+        if function in (kernels.recurrence, kernels.recurrence_backward):
             super()._run(operations, function, *arguments)  # its threads meet at every time step
             return
         threads = self._team.size if operations >= _WORTH_THREADS else 1
@@ -71,16 +52,16 @@ class OpenMPTeam(Team):
         self._openmp = openmp
 
     def run(self, function: Callable[..., Any], *arguments: Any, threads: int) -> None:
-        if threads == 1 or function not in kernels.ON_OPENMP:
+        if threads == 1 or function not in ON_OPENMP:
             super().run(function, *arguments, threads=threads)
         else:
-            sync = np.zeros_like(self._alone)
-            kernels.ON_OPENMP[function](self._openmp, threads, sync, arguments)
+            sync = np.zeros_like(self._sync)
+            ON_OPENMP[function](self._openmp, threads, sync, arguments)
 
 
 @functools.cache
 def openmp_entries() -> NDArray[np.int64] | None:
-    """Addresses of what :data:`fastrnn.backends.cpu_kernels.ON_OPENMP` calls in torch's library.
+    """Addresses of what :data:`fastrnn.backends.cpu_openmp.ON_OPENMP` calls in torch's library.
 
     None where torch has threads of another kind.
     """

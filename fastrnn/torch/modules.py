@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.torch.functional import DTYPES, autocasting, gather, recurrence
+from fastrnn.torch.functional import DTYPES, autocasting, gather, layer, recurrence
 
 
 class RNN(nn.RNNBase):  # type: ignore[misc]
@@ -178,35 +178,36 @@ class RNN(nn.RNNBase):  # type: ignore[misc]
         D = 2 if self.bidirectional else 1
         layout = None if batch_sizes is None else _Packing(batch_sizes, input.device)
         last_states = []
-        for layer in range(self.num_layers):
+        for k in range(self.num_layers):
             outputs = []
             for direction in range(D):
-                i = layer * D + direction
+                i, reverse = k * D + direction, bool(direction)
                 W_ih, W_hh, *biases = (getattr(self, name) for name in self._all_weights[i])
                 bias = biases[0] + biases[1] if biases else None
-                z = self._input_product(layer, input, W_ih, bias)
                 if layout is not None:
-                    h, h_n = layout.run(z, W_hh.t(), hx[i], bool(direction))
-                elif z.shape[0] == 1:
-                    h_n = torch.tanh(torch.addmm(z[0], hx[i], W_hh.t()))
-                    h = h_n.unsqueeze(0)
-                elif direction == 0:
-                    h = recurrence(z, W_hh.t(), hx[i])
-                    h_n = h[-1]
+                    x = layout.pad(input, reverse)
                 else:
-                    h = recurrence(z.flip(0), W_hh.t(), hx[i])
-                    h_n, h = h[-1], h.flip(0)
+                    x = input.flip(0) if reverse else input
+                h = self._layer(k, x, W_ih.t(), bias, W_hh.t(), hx[i])
+                if layout is not None:
+                    h, h_n = layout.pack(h, reverse)
+                else:
+                    h_n, h = h[-1], h.flip(0) if reverse else h
                 outputs.append(h)
                 last_states.append(h_n)
             input = torch.cat(outputs, dim=-1) if D == 2 else outputs[0]
-            if self.dropout and self.training and layer < self.num_layers - 1:
+            if self.dropout and self.training and k < self.num_layers - 1:
                 input = nn.functional.dropout(input, self.dropout)
         return input, torch.stack(last_states)
 
-    def _input_product(
-        self, layer: int, input: Tensor, W_ih: Tensor, bias: Tensor | None
+    def _layer(
+        self, k: int, x: Tensor, W_xh: Tensor, bias: Tensor | None, W_hh: Tensor, h0: Tensor
     ) -> Tensor:
-        return nn.functional.linear(input, W_ih, bias)
+        """Layer ``k`` in one direction: ``[T, B, I]`` to ``[T, B, H]``."""
+        if x.shape[0] == 1:  # no recurrence
+            z = nn.functional.linear(x[0], W_xh.t(), bias)
+            return torch.tanh(torch.addmm(z, h0, W_hh)).unsqueeze(0)
+        return layer(x, W_xh, bias, W_hh, h0)
 
     def _relu(self, input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         weights = [getattr(self, name) for names in self._all_weights for name in names]
@@ -242,11 +243,14 @@ class _Packing:
             self.packed.append((step * B + rows)[there].to(device))
         self.last = ((lengths - 1) * B + rows).to(device)
 
-    def run(self, z: Tensor, W_hh: Tensor, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        """The recurrence on packed rows ``z [N, H]``: h ``[N, H]`` and the last states."""
-        H = z.shape[1]
-        z = torch.cat([z, z.new_zeros(1, H)]).index_select(0, self.padded[reverse])
-        h = recurrence(z.view(*self.shape, H), W_hh, h0).flatten(0, 1)
+    def pad(self, rows: Tensor, reverse: bool) -> Tensor:
+        """``[N, I]`` to ``[T, B, I]``, each sequence from its first step, or from its last."""
+        with_nothing = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        return with_nothing.index_select(0, self.padded[reverse]).view(*self.shape, -1)
+
+    def pack(self, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+        """``[T, B, H]`` to ``[N, H]``, and the last states ``[B, H]``."""
+        h = h.flatten(0, 1)
         return h.index_select(0, self.packed[reverse]), h.index_select(0, self.last)
 
 
@@ -268,10 +272,10 @@ class TokenRNN(RNN):
             raise ValueError("tokens must have shape [T, B] with T >= 1")
         return self._stack(input, self._initial(input, hx, input.shape[1]), None)
 
-    def _input_product(
-        self, layer: int, input: Tensor, W_ih: Tensor, bias: Tensor | None
+    def _layer(
+        self, k: int, x: Tensor, W_xh: Tensor, bias: Tensor | None, W_hh: Tensor, h0: Tensor
     ) -> Tensor:
-        return gather(W_ih.t(), input, bias)
+        return recurrence(gather(W_xh, x, bias), W_hh, h0)
 
 
 class CharRNN(nn.Module):  # type: ignore[misc]
