@@ -613,8 +613,9 @@ def test_forward_mode_says_that_it_cannot() -> None:
     x = x.detach()
     with pytest.raises(NotImplementedError, match="forward mode"):
         torch.func.jvp(lambda x: ours(x)[0], (x,), (x,))
-    with (
-        torch.autograd.forward_ad.dual_level(),
-        pytest.raises(NotImplementedError, match="forward mode"),
-    ):
-        ours(torch.autograd.forward_ad.make_dual(x, x))
+    for trained in (True, False):
+        ours.requires_grad_(trained)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                ours(dual)
