@@ -35,7 +35,11 @@ def _jit(function: Callable[..., Any]) -> Any:
     compiled.enable_caching()
     sources = (Path(__file__), Path(__file__).with_name("cpu_kernels.py"))
     stamp = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    compiled._cache._cache_file._source_stamp = stamp
+    file = getattr(compiled._cache, "_cache_file", None)
+    if file is not None and hasattr(file, "_source_stamp"):
+        file._source_stamp = stamp
+    else:  # A cache that cannot be told: rather compile anew than run stale code.
+        compiled._cache.disable()
     return compiled
 
 
