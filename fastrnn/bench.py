@@ -86,7 +86,7 @@ class Contender:
     Attributes:
         name: short and unique. label: what the table prints. module: a file in the peers' folder.
         variant: which of its variants. workloads: what it can run. device: "cpu" or "cuda".
-        ours: computed by fastrnn. slow_start: compiles for longer than half a minute.
+        ours: fastrnn, not a peer. slow_start: compiles for longer than half a minute.
         precision: a row of :data:`MAX_ERROR`. env: additional environment of its process.
     """
 
@@ -107,6 +107,16 @@ _RNN = ("step", "recurrence", "recurrence+bptt")
 _OP = ("recurrence", "recurrence+bptt")
 
 PEERS = (
+    Contender("fastrnn-torch", "fastrnn.torch.RNN", "fastrnn_torch", "", _RNN, ours=True),
+    Contender(
+        "fastrnn-torch-cuda",
+        "fastrnn.torch.RNN",
+        "fastrnn_torch",
+        "cuda",
+        _RNN,
+        "cuda",
+        ours=True,
+    ),
     Contender(
         "numpy-reference",
         "NumPy, step by step",

@@ -1119,7 +1119,7 @@ def recurrence_backward(
     tid, nt, sync, B, dh, h, W_hh, h0, dz, dW_hh, dh0, packed, h_panels, dz_panels, states,
     tiles
 ):  # fmt: skip
-    """dh, h, dz ``[R, H]``; h_panels: h0 and then h, for the sum of dW_hh."""
+    """dh, h, dz ``[R, H]``; h_panels: h0 and then h, for the sum of dW_hh, if that has elements."""
     size = W_hh.itemsize
     like = W_hh.dtype.type(0)
     R, H = h.shape
@@ -1132,6 +1132,8 @@ def recurrence_backward(
         _address(dz), W, H, _address(states), _address(dh0), _address(tiles[tid]), tid, nt, sync,
     )  # fmt: skip
     _barrier(nt, sync)
+    if dW_hh.size == 0:
+        return
     _pack(h0, B, R, h_panels, p0, p1)
     _pack(h, R - B, R, h_panels[B * W :], p0, p1)
     _pack(dz, R, R, dz_panels, p0, p1)

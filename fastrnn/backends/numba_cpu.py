@@ -22,6 +22,9 @@ from fastrnn.decoding import Decoding
 _WORTH_THREADS = 8e6
 """Operations (a multiply-add counts two) from which waking the other threads pays."""
 
+_LINE = 64
+"""Bytes of a cache line: a load that crosses two costs twice."""
+
 
 class NumbaBackend(Backend):
     """Backend on ``numpy.ndarray``: every op compiled for this machine's vector unit."""
@@ -111,10 +114,12 @@ class NumbaBackend(Backend):
         h0: Array,
         out: tuple[Array, Array, Array] | None = None,
     ) -> tuple[Array, Array, Array]:
+        """W_hh may be in Fortran order; without an array for dW_hh in ``out`` it is not made."""
         T, B, H = h.shape
-        dz, dW_hh, dh0 = out or (np.empty_like(dh), np.empty_like(W_hh), np.empty_like(h0))
+        dz, dW_hh, dh0 = out or (np.empty_like(dh), np.empty((H, H), h.dtype), np.empty_like(h0))
+        wanted = dW_hh is not None
         self._run(
-            4 * T * B * H * H,
+            (4 if wanted else 2) * T * B * H * H,
             kernels.recurrence_backward,
             B,
             dh.reshape(-1, H),
@@ -122,11 +127,11 @@ class NumbaBackend(Backend):
             W_hh,
             h0,
             dz.reshape(-1, H),
-            dW_hh,
+            dW_hh if wanted else np.empty((0, 0), h.dtype),
             dh0,
             _panels(H, H, h.dtype),
-            _panels(T * B, H, h.dtype),
-            _panels(T * B, H, h.dtype),
+            _panels(T * B * wanted, H, h.dtype),
+            _panels(T * B * wanted, H, h.dtype),
             _panels(2 * B, H, h.dtype),
             self._tiles(h.dtype),
         )
@@ -379,6 +384,9 @@ class NumbaBackend(Backend):
 
 
 def _panels(rows: int, columns: int, dtype: Any) -> Array:
-    """Memory for a panelled matrix; zero, so that the padding is."""
+    """Memory for a panelled matrix, on cache lines; zero, so that the padding is."""
     W = kernels.panel_width(dtype)
-    return np.zeros(rows * -(-columns // W) * W, dtype)
+    size = rows * -(-columns // W) * W
+    memory = np.zeros(size + _LINE // np.dtype(dtype).itemsize, dtype)
+    first = -memory.__array_interface__["data"][0] % _LINE // memory.itemsize
+    return memory[first : first + size]
