@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process")
     options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "curves.json"
     if not options.draw:
         with ProcessPoolExecutor(options.jobs) as pool:
