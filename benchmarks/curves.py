@@ -55,7 +55,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for axis, sampling in zip(axes, ("consecutive", "random"), strict=True):
         for run in record["runs"]:
             if run["sampling"] != sampling:
@@ -71,10 +71,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 label=f"{label}: {curve[-1]:.3g} at the end",
             )
         axis.axhline(record["V"], color="0.6", linestyle=":", linewidth=1)
-        axis.annotate("a uniform guess", (len(curve), record["V"]), ha="right", va="bottom")
+        axis.annotate("a uniform guess", (1150, record["V"]), ha="center", va="bottom")
         axis.set(yscale="log", xlabel="epoch", title=f"{sampling} sampling", xlim=(0, len(curve)))
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, loc="center right")
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes[0].set_ylabel("training perplexity")
     figure.savefig(path, dpi=130)
     plt.close(figure)
