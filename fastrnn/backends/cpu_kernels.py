@@ -83,13 +83,25 @@ def tiles(m):
 
 
 @jit
-def by_columns(H, B, size, nt):
+def by_columns(B, H, size, nt):
     """Whether the threads of a recurrence share the columns, and meet after every time step.
 
-    Otherwise they share the sequences: where there are enough, and each thread's second-level cache
+    Otherwise they share the sequences: where that is fair, and each thread's second-level cache
     holds all of W_hh.
     """
-    return nt > 1 and (4 * nt > B or H * H * size > 768 * 1024)
+    groups = tiles(B)
+    fair = groups % nt == 0 or groups >= 4 * nt
+    return nt > 1 and (not fair or H * H * size > 768 * 1024)
+
+
+@jit
+def recurrent_share(B, H, size, tid, nt):
+    """A thread's groups and panels of a recurrence."""
+    if by_columns(B, H, size, nt):
+        p0, p1 = share(panels(H, size), tid, nt)
+        return 0, tiles(B), p0, p1
+    g0, g1 = share(tiles(B), tid, nt)
+    return g0, g1, 0, panels(H, size)
 
 
 # --- Packing -----------------------------------------------------------------------------------
@@ -129,90 +141,86 @@ def pad(source, out, p0, p1):
 
 @jit
 def forward(
-    like, size, T, B, H, packed, bias, S, s_panel, slots, Z, z_row, tokens, D, d_row, tid, nt, sync
+    like, size, T, B, H, packed, bias, S, s_panel, slots, grouped, Z, z_row, tokens, D, d_row, tid,
+    nt, sync
 ):  # fmt: skip
     """``h_t = tanh(z_t + bias + h_{t-1} W_hh)``.
 
-    packed: W_hh in panels. bias: a panelled row, or 0. S: states in panels, ``slots`` times B rows;
-    h_{t-1} lies at slot ``t % slots``, so slot 0 starts with h0. Z: rows ``z_t``, or one for each
-    token where tokens (int32) is not 0. D: h once more, as rows, or 0.
+    packed: W_hh in panels. bias: a panelled row, or 0. S: ``slots`` states in panels; h_{t-1} lies
+    at slot ``t % slots``, so slot 0 starts with h0. grouped: whether S and tokens go by groups.
+    Z: rows ``z_t``, or one for each token where tokens (int32) is not 0. D: h as rows, or 0.
     """
     W = 2 * VECTOR_BYTES // size
-    b0, b1 = share(B, tid, nt)
-    p0, p1 = 0, panels(H, size)
-    shared = by_columns(H, B, size, nt)
-    if shared:
-        b0, b1 = 0, B
-        p0, p1 = share(panels(H, size), tid, nt)
-    count = tiles(b1 - b0)
+    g0, g1, p0, p1 = recurrent_share(B, H, size, tid, nt)
+    groups = tiles(B)
     for t in range(T):
-        old = S + t % slots * B * W * size
-        new = S + (t + 1) % slots * B * W * size
+        old, new = t % slots, (t + 1) % slots
         for p in range(p0, p1):
             init = 0
             if bias != 0:
                 init = bias + p * W * size
-            for i in range(count):
-                b = b0 + (b1 - b0) * i // count
-                rows = b0 + (b1 - b0) * (i + 1) // count - b
-                out = new + (p * s_panel + b) * W * size
+            for g in range(g0, g1):
+                b = B * g // groups
+                rows = B * (g + 1) // groups - b
+                base, step, r = b, B, t * B + b
+                if grouped:
+                    base, step, r = b * slots, rows, b * T + t * rows
+                out = S + (p * s_panel + base + new * step) * W * size
                 tile_rows(
-                    like, rows, old + b * W * size, s_panel * W, H, packed + p * H * W * size,
-                    init, 0, out,
+                    like, rows, S + (base + old * step) * W * size, s_panel * W, H,
+                    packed + p * H * W * size, init, 0, out,
                 )  # fmt: skip
                 z, names, copy = Z + p * W * size, 0, 0
                 if tokens != 0:
-                    names = tokens + (t * B + b) * 4
+                    names = tokens + r * 4
                 else:
-                    z += (t * B + b) * z_row * size
+                    z += r * z_row * size
                 if D != 0:
-                    copy = D + ((t * B + b) * d_row + p * W) * size
+                    copy = D + (r * d_row + p * W) * size
                 tanh(like, rows, min(W, H - p * W), out, z, z_row, names, out, W, copy, d_row)
-        if shared:
+        if by_columns(B, H, size, nt):
             barrier(tid, nt, sync)
 
 
 @jit
 def backward(
-    like, size, first, last, known, B, H, packed, G, g_panel, g_row, Y, y_panel, y_row, S, s_panel,
-    D, d_row, tile, tid, nt, sync
+    like, size, first, last, known, T, B, H, packed, G, Y, S, grouped, g_panel, y_panel, s_panel,
+    row, D, tile, tid, nt, sync
 ):  # fmt: skip
     """``dz_t = (dh_t + dz_{t+1} W_hhᵀ)(1 - h_t²)`` for t from last - 1 down to first.
 
-    packed: W_hhᵀ in panels. G: dh, Y: h, row ``t B + b``. S: dz in panels, dz_t at rows
-    ``(t - first) B``; G may be the same. known: whether dz_last is there, else it is zero. D: dz
-    once more, as rows, or 0. tile: scratch.
+    packed: W_hhᵀ in panels. G: dh. Y: h. S: dz in panels, from dz_first on; G may be the same.
+    grouped: all of them are panels and go by groups, and Y starts with h0; else G and Y are rows.
+    row: elements between the rows of G, Y and D. known: whether dz_last is there, else it is zero.
+    D: dz as rows, or 0. tile: scratch.
     """
     W = 2 * VECTOR_BYTES // size
-    b0, b1 = share(B, tid, nt)
-    p0, p1 = 0, panels(H, size)
-    shared = by_columns(H, B, size, nt)
-    if shared:
-        b0, b1 = 0, B
-        p0, p1 = share(panels(H, size), tid, nt)
-    count = tiles(b1 - b0)
+    g0, g1, p0, p1 = recurrent_share(B, H, size, tid, nt)
+    groups = tiles(B)
     for t in range(last - 1, first - 1, -1):
-        new = S + (t - first) * B * W * size
-        later = new + B * W * size
         K = H if known or t < last - 1 else 0
         for p in range(p0, p1):
-            for i in range(count):
-                b = b0 + (b1 - b0) * i // count
-                rows = b0 + (b1 - b0) * (i + 1) // count - b
-                r = t * B + b
+            for g in range(g0, g1):
+                b = B * g // groups
+                rows = B * (g + 1) // groups - b
+                base, step, r = b, B, t * B + b
+                y = r
+                if grouped:
+                    base, step, r = b * T, rows, b * T + t * rows
+                    y = r + b + rows
+                out = S + (p * s_panel + base + (t - first) * step) * W * size
                 tile_rows(
-                    like, rows, later + b * W * size, s_panel * W, K, packed + p * H * W * size,
-                    0, 0, tile,
+                    like, rows, S + (base + (t + 1 - first) * step) * W * size, s_panel * W, K,
+                    packed + p * H * W * size, 0, 0, tile,
                 )  # fmt: skip
                 copy = 0
                 if D != 0:
-                    copy = D + (r * d_row + p * W) * size
+                    copy = D + (r * row + p * W) * size
                 dtanh(
-                    like, rows, min(W, H - p * W), tile, G + (p * g_panel + r * g_row) * size,
-                    g_row, Y + (p * y_panel + r * y_row) * size, y_row,
-                    new + (p * s_panel + b) * W * size, W, copy, d_row,
+                    like, rows, min(W, H - p * W), tile, G + (p * g_panel + r * row) * size, row,
+                    Y + (p * y_panel + y * row) * size, row, out, W, copy, row,
                 )  # fmt: skip
-        if shared:
+        if by_columns(B, H, size, nt):
             barrier(tid, nt, sync)
 
 
@@ -220,34 +228,27 @@ def backward(
 
 
 @jit
-def multiply(
-    like, size, r0, n, m, apart, K, N, A, a_panel, packed, bias, C, c_panel
-):  # fmt: skip
-    """``C = A · packed + bias`` in panels, for n times m rows: ``r0 + i apart …``, i below n.
-
-    bias: a panelled row, or 0.
-    """
+def multiply(like, size, R, i0, i1, K, N, A, a_panel, packed, bias, C, c_panel):
+    """``C = A · packed + bias`` in panels, for tiles i0 … i1 of R rows. bias: panelled, or 0."""
     W = 2 * VECTOR_BYTES // size
-    depth, count = panels(K, size), tiles(m)
+    depth, count = panels(K, size), tiles(R)
     parts = (depth + DEPTH - 1) // DEPTH
     for part in range(parts):
         k = depth * part // parts * W
         left = min(K, depth * (part + 1) // parts * W) - k
         for p in range(panels(N, size)):
-            for i in range(n):
-                for j in range(count):
-                    r = r0 + i * apart + m * j // count
-                    rows = r0 + i * apart + m * (j + 1) // count - r
-                    out = C + (p * c_panel + r * W) * size
-                    init, init_row = out, W
-                    if part == 0:
-                        init, init_row = 0, 0
-                        if bias != 0:
-                            init = bias + p * W * size
-                    tile_rows(
-                        like, rows, A + (k // W * a_panel + r * W) * size, a_panel, left,
-                        packed + (p * K + k) * W * size, init, init_row, out,
-                    )  # fmt: skip
+            for i in range(i0, i1):
+                r = R * i // count
+                out = C + (p * c_panel + r * W) * size
+                init, init_row = out, W
+                if part == 0:
+                    init, init_row = 0, 0
+                    if bias != 0:
+                        init = bias + p * W * size
+                tile_rows(
+                    like, R * (i + 1) // count - r, A + (k // W * a_panel + r * W) * size, a_panel,
+                    left, packed + (p * K + k) * W * size, init, init_row, out,
+                )  # fmt: skip
 
 
 @jit
@@ -270,45 +271,54 @@ def multiply_rows(like, size, r0, r1, K, N, A, a_panel, packed, bias, C, tile):
 
 @jit
 def outer(
-    like, size, R, M, N, A, a_panel, E, e_panel, C, adds, sums, partial, block, tid, nt
+    like, size, T, B, slot, M, N, A, a_panel, E, e_panel, C, adds, sums, partial, block, tid, nt
 ):  # fmt: skip
-    """``C [M, N] (+)= Σ_r A[r, :]ᵀ E[r, :]`` over R rows of two panelled matrices.
+    """``C [M, N] (+)= Σ_r A[r, :]ᵀ E[r, :]`` over T·B rows of two panelled matrices.
 
-    sums: ``Σ_r E[r, :]``, or 0. partial: double, the sums of squares of C's blocks and then of the
-    panels of sums, or 0. block: scratch.
+    slot: -1, or both go by groups, and A has a time step more than E, of which slot 0 is the first
+    and 1 the second to take part. sums: ``Σ_r E[r, :]``, or 0. partial: double, the sums of squares
+    of C's blocks and then of the panels of sums, or 0. block: scratch.
     """
     W = 2 * VECTOR_BYTES // size
-    a_panels = panels(M, size)
+    a_panels, groups = panels(M, size), 1
+    if slot >= 0:
+        groups = tiles(B)
     first, last = share(a_panels * panels(N, size), tid, nt)
-    spans = (R + SPAN - 1) // SPAN
     for unit in range(first, last):
         p, q = unit // a_panels, unit % a_panels
         n, height = min(W, N - p * W), min(W, M - q * W)
         if q == 0 and sums != 0:
             here = sums + p * W * size
-            column_sums(like, R, n, E + p * e_panel * size, here)
+            column_sums(like, T * B, n, E + p * e_panel * size, here)
             if partial != 0:
-                at = a_panels * panels(N, size) + p
-                squares(like, 1, n, 0, here, n, partial + at * 8)
+                squares(like, 1, n, 0, here, n, partial + (a_panels * panels(N, size) + p) * 8)
         count = tiles(height)
         to = C + (q * W * N + p * W) * size
         held, more = 0, 1 if adds else 0
-        for s in range(spans):
-            r, end = R * s // spans, R * (s + 1) // spans
-            for i in range(count):
-                m = height * i // count
-                here = block + m * W * size
-                tile_columns(
-                    like, height * (i + 1) // count - m, A + (q * a_panel + r * W + m) * size,
-                    end - r, E + (p * e_panel + r * W) * size, here if held else 0, W, here,
-                )  # fmt: skip
-            held += end - r
-            if end == R or held + SPAN > LONG:
-                final = 0
-                if end == R and partial != 0:
-                    final = partial + unit * 8
-                put(like, height, n, block, to, N, more, final)
-                held, more = 0, 1
+        for g in range(groups):
+            b = B * g // groups
+            R, later = T * (B * (g + 1) // groups - b), 0
+            if slot >= 0:
+                later = b + slot * (B * (g + 1) // groups - b)
+            spans = (R + SPAN - 1) // SPAN
+            for s in range(spans):
+                r, rows = b * T + R * s // spans, R * (s + 1) // spans - R * s // spans
+                for i in range(count):
+                    m = height * i // count
+                    here = block + m * W * size
+                    tile_columns(
+                        like, height * (i + 1) // count - m,
+                        A + (q * a_panel + (r + later) * W + m) * size, rows,
+                        E + (p * e_panel + r * W) * size, here if held else 0, W, here,
+                    )  # fmt: skip
+                held += rows
+                end = g == groups - 1 and s == spans - 1
+                if end or held + SPAN > LONG:
+                    final = 0
+                    if end and partial != 0:
+                        final = partial + unit * 8
+                    put(like, height, n, block, to, N, more, final)
+                    held, more = 0, 1
 
 
 # --- Loss --------------------------------------------------------------------------------------
@@ -391,22 +401,25 @@ def run_steps(
     hw, vw = max(0, min(H, hp1 * W) - hp0 * W), max(0, min(V, vp1 * W) - vp0 * W)
     h_panel, panel = h_rows * W, rows * W
     h_at, dz_at, logits_at = address(h), address(dz), address(logits)
-    h_on = h_at + B * W * size  # from the first time step on
     tile, stats = address(scratch[tid]), scratch[tid, max(W, MR) * W :]
     # Where the sums of squares of each gradient's blocks lie.
     of_hh = V_panels * (H_panels + 1)
     of_xh = of_hh + H_panels * (H_panels + 1)
     squares_at = address(partial)
-    # A thread's sequences, or with few of them its rows of all time steps.
-    b0, b1 = share(B, tid, nt)
-    r0, r1 = b0, b1
-    shared = by_columns(H, B, size, nt)
+    # A thread's tiles of the examples: those of its sequences, or a share of all.
+    groups = tiles(B)
+    g0, g1, _, _ = recurrent_share(B, H, size, tid, nt)
+    shared = by_columns(B, H, size, nt)
+    i0, i1, total_tiles = 0, 0, 0
+    for g in range(groups):
+        if g == g0:
+            i0 = total_tiles
+        total_tiles += tiles(T * (B * (g + 1) // groups - B * g // groups))
+        if g == g1 - 1:
+            i1 = total_tiles
     if shared:
-        r0, r1 = (
-            R * (tiles(R) * tid // nt) // tiles(R),
-            R * (tiles(R) * (tid + 1) // nt) // tiles(R),
-        )
-    block = max(48, min(SPAN, BLOCK_BYTES // (V * size)))
+        i0, i1 = share(total_tiles, tid, nt)
+    block = max(48, min(SPAN, BLOCK_BYTES // (V * size))) // MR
     for step in range(len(starts)):
         mark = counts[2] + 1
         old = mark & 1
@@ -419,52 +432,61 @@ def run_steps(
             pack(like, size, H, V, address(W_hq), V, address(packed_hq), H, turned_hq, vp0, vp1)
             pad(b_h, bias_h, hp0, hp1)
             pad(b_q, bias_q, vp0, vp1)
-        pack(like, size, B, H, address(h0), H, h_at, h_rows, 0, hp0, hp1)
-        for t in range(T):
-            for b in range(b0, b1):
-                x[t * B + b] = tokens[starts[step, b] + t]
-                y[t * B + b] = tokens[starts[step, b] + t + 1]
+        t0, t1 = share(T, tid, nt)
+        for g in range(groups):
+            b = B * g // groups
+            height = B * (g + 1) // groups - b
+            pack(
+                like, size, height, H, address(h0) + b * H * size, H,
+                h_at + b * (T + 1) * W * size, h_rows, 0, hp0, hp1,
+            )  # fmt: skip
+            for t in range(t0, t1):
+                for i in range(height):
+                    at = starts[step, b + i] + t
+                    x[b * T + t * height + i] = tokens[at]
+                    y[b * T + t * height + i] = tokens[at + 1]
         barrier(tid, nt, sync)
         if tid == 0 and train:
             counts[2] = mark
             counts[1 - old] = _characters(x, mark, seen, used[1 - old])
         forward(
-            like, size, T, B, H, address(packed_hh), address(bias_h), h_at, h_rows, T + 1,
+            like, size, T, B, H, address(packed_hh), address(bias_h), h_at, h_rows, T + 1, True,
             address(W_xh), H, address(x), 0, 0, tid, nt, sync,
         )  # fmt: skip
         # Logits, loss, dlogits and dh of a block of rows while they are in the cache.
-        if shared:
-            blocks = max(1, (r1 - r0 + block - 1) // block)
-        else:
-            blocks = max(1, (T * (b1 - b0) + block - 1) // block)
-        for i in range(blocks):
-            if shared:
-                start, n, apart = r0 + (r1 - r0) * i // blocks, 1, 0
-                m = r0 + (r1 - r0) * (i + 1) // blocks - start
-            else:
-                t = T * i // blocks
-                start, n, apart = t * B + b0, T * (i + 1) // blocks - t, B
-                m = b1 - b0
-            multiply(
-                like, size, start, n, m, apart, H, V, h_on, h_panel, address(packed_hq),
-                address(bias_q), logits_at, panel,
-            )  # fmt: skip
-            for j in range(n):
-                softmax(
-                    logits, panel, W, logits, panel, W, y, V, start + j * apart,
-                    start + j * apart + m, train, losses, stats,
-                )  # fmt: skip
-            if train:
+        before = 0
+        for g in range(groups):
+            b = B * g // groups
+            height = B * (g + 1) // groups - b
+            # Rows of this group in dz and logits; in h they come after those of h0.
+            r, R_g = b * T, T * height
+            count = tiles(R_g)
+            j0, j1 = max(i0 - before, 0), min(i1 - before, count)
+            before += count
+            blocks = (max(0, j1 - j0) + block - 1) // block
+            h_g = h_at + (r + b + height) * W * size
+            logits_g, dz_g = logits_at + r * W * size, dz_at + r * W * size
+            for i in range(blocks):
+                a0, a1 = j0 + (j1 - j0) * i // blocks, j0 + (j1 - j0) * (i + 1) // blocks
                 multiply(
-                    like, size, start, n, m, apart, V, H, logits_at, panel, address(packed_hq_t),
-                    0, dz_at, panel,
+                    like, size, R_g, a0, a1, H, V, h_g, h_panel, address(packed_hq),
+                    address(bias_q), logits_g, panel,
                 )  # fmt: skip
+                softmax(
+                    logits, panel, W, logits, panel, W, y, V, r + R_g * a0 // count,
+                    r + R_g * a1 // count, train, losses, stats,
+                )  # fmt: skip
+                if train:
+                    multiply(
+                        like, size, R_g, a0, a1, V, H, logits_g, panel, address(packed_hq_t), 0,
+                        dz_g, panel,
+                    )  # fmt: skip
         if train:
             if shared:
                 barrier(tid, nt, sync)
             backward(
-                like, size, 0, T, False, B, H, address(packed_hh_t), dz_at, panel, W, h_on,
-                h_panel, W, dz_at, rows, 0, 0, tile, tid, nt, sync,
+                like, size, 0, T, False, T, B, H, address(packed_hh_t), dz_at, h_at, dz_at, True,
+                panel, h_panel, rows, W, 0, tile, tid, nt, sync,
             )  # fmt: skip
         barrier(tid, nt, sync)
         if tid == 0:
@@ -476,11 +498,11 @@ def run_steps(
                 totals[0] += loss[0]
         if train:
             outer(
-                like, size, R, H, V, h_on, h_panel, logits_at, panel, address(dW_hq), False,
+                like, size, T, B, 1, H, V, h_at, h_panel, logits_at, panel, address(dW_hq), False,
                 address(db_q), squares_at, tile, tid, nt,
             )  # fmt: skip
             outer(
-                like, size, R, H, H, h_at, h_panel, dz_at, panel, address(dW_hh), False,
+                like, size, T, B, 0, H, H, h_at, h_panel, dz_at, panel, address(dW_hh), False,
                 address(db_h), squares_at + of_hh * 8, tile, tid, nt,
             )  # fmt: skip
             # The rows of W_xh: only those of the batch's characters have a gradient.
@@ -515,11 +537,13 @@ def run_steps(
                 if not (np.isfinite(loss[0]) and np.isfinite(rounded)):
                     totals[3] += 1.0
         if carry:
-            for p in range(hp0, hp1):
-                for b in range(B):
-                    at = (p * h_rows + R + b) * W
-                    for j in range(min(W, H - p * W)):
-                        h0[b, p * W + j] = h[at + j]
+            for g in range(groups):
+                b = B * g // groups
+                height = B * (g + 1) // groups - b
+                for i in range(height):
+                    at = (b * (T + 1) + T * height + i) * W
+                    for j in range(hp0 * W, hp0 * W + hw):
+                        h0[b + i, j] = h[j // W * h_panel + at + j % W]
     barrier(tid, nt, sync)
 
 
@@ -577,8 +601,8 @@ def recurrence(tid, nt, sync, B, z, W_hh, h0, h, packed, states):
     pack(like, size, B, H, address(h0), H, address(states), 2 * B, 0, p0, p1)
     barrier(tid, nt, sync)
     forward(
-        like, size, R // B, B, H, address(packed), 0, address(states), 2 * B, 2, address(z), H, 0,
-        address(h), H, tid, nt, sync,
+        like, size, R // B, B, H, address(packed), 0, address(states), 2 * B, 2, False, address(z),
+        H, 0, address(h), H, tid, nt, sync,
     )  # fmt: skip
     barrier(tid, nt, sync)
 
@@ -614,8 +638,8 @@ def recurrence_backward(
                     dz_panels[(p * rows + n) * W + i] = dz_panels[p * rows * W + i]
             barrier(tid, nt, sync)
         backward(
-            like, size, first, last, last < T, B, H, address(packed), address(dh), W, H,
-            address(h), W, H, dz_at, rows, address(dz), H, tile, tid, nt, sync,
+            like, size, first, last, last < T, T, B, H, address(packed), address(dh), address(h),
+            dz_at, False, W, W, rows, H, address(dz), tile, tid, nt, sync,
         )  # fmt: skip
         r, to = first * B, h_at
         if first == 0:
@@ -627,8 +651,8 @@ def recurrence_backward(
         )  # fmt: skip
         barrier(tid, nt, sync)
         outer(
-            like, size, n, H, H, h_at, rows * W, dz_at, rows * W, address(dW_hh), last < T, 0, 0,
-            tile, tid, nt,
+            like, size, 1, n, -1, H, H, h_at, rows * W, dz_at, rows * W, address(dW_hh), last < T,
+            0, 0, tile, tid, nt,
         )  # fmt: skip
         last = first
         barrier(tid, nt, sync)
@@ -692,8 +716,8 @@ def project_backward(
     barrier(tid, nt, sync)
     _by_blocks(like, size, R, V, H, dlogits_at, address(packed), 0, address(dh), tile, tid, nt)
     outer(
-        like, size, R, H, V, h_at, R * W, dlogits_at, R * W, address(dW_hq), False, address(db_q),
-        0, tile, tid, nt,
+        like, size, 1, R, -1, H, V, h_at, R * W, dlogits_at, R * W, address(dW_hq), False,
+        address(db_q), 0, tile, tid, nt,
     )  # fmt: skip
     barrier(tid, nt, sync)
 

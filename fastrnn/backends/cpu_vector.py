@@ -205,6 +205,12 @@ class _Emitter:
             [value, vector, ir.Constant(_I32, self.bits // 8), mask],
         )
 
+    def prefetch(self, pointer: Any) -> None:
+        """Ask for a cache line, into the first level."""
+        pointer = self.b.bitcast(pointer, ir.IntType(8).as_pointer())
+        hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]
+        self.intrinsic("llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+
     def lanes_below(self, n: Any) -> Any:
         """The mask of lanes with index < n."""
         iota = ir.Constant(ir.VectorType(_I64, self.L), list(range(self.L)))
@@ -371,6 +377,10 @@ def _emit_tile(e: _Emitter, arguments: Any, transposed: bool, rows: int) -> None
         def steps(count: int) -> Callable[[Any], None]:
             def body(k: Any) -> None:
                 rows_on = e.b.mul(k, _int(W))
+                if not transposed and count > 1:
+                    ahead = e.b.mul(k, _int(rows))
+                    for line in range(-(-rows * count // e.L)):
+                        e.prefetch(e.at(a, ahead, rows * W + line * e.L))
                 for u in range(count):
                     multiply_add(e.at(a, rows_on if transposed else k), e.at(b, rows_on), u)
 
