@@ -78,6 +78,12 @@ MR = 8 if _AVX512 or not _X86 else 6
 """Rows of a tile: ``2 MR`` accumulators, two vectors of weights and one of inputs fit registers."""
 
 
+CACHE_LINE = 64
+
+AHEAD = 16
+"""Steps of the inner dimension by which a tile asks for its memory before it reads it."""
+
+
 def panel_width(dtype: Any) -> int:
     """``W``: the columns of a panel."""
     return 2 * VECTOR_BYTES // int(np.dtype(dtype).itemsize)
@@ -373,14 +379,25 @@ def _emit_tile(e: _Emitter, arguments: Any, transposed: bool, rows: int) -> None
                 slot = acc[k % chains][m][j]
                 e.b.store(e.fma(x, weights[j], e.b.load(slot)), slot)
 
+    def look_ahead(a: Any, b: Any, k: Any, count: int) -> None:
+        """Ask for what the tile reads AHEAD steps later, and for the same rows of the next tile."""
+        rows_on = e.b.mul(k, _int(W))
+        line = CACHE_LINE * 8 // e.bits
+        for u in range(AHEAD, AHEAD + count):
+            for j in range(0, W, line):
+                e.prefetch(e.at(b, rows_on, u * W + j))
+            if transposed:
+                e.prefetch(e.at(a, rows_on, u * W))
+        if not transposed:
+            for j in range(0, rows * count, line):
+                e.prefetch(e.at(a, e.b.mul(k, _int(rows)), rows * W + j))
+
     def run(a: Any, b: Any, n: Any) -> None:
         def steps(count: int) -> Callable[[Any], None]:
             def body(k: Any) -> None:
                 rows_on = e.b.mul(k, _int(W))
-                if not transposed and count > 1:
-                    ahead = e.b.mul(k, _int(rows))
-                    for line in range(-(-rows * count // e.L)):
-                        e.prefetch(e.at(a, ahead, rows * W + line * e.L))
+                if count > 1:
+                    look_ahead(a, b, k, count)
                 for u in range(count):
                     multiply_add(e.at(a, rows_on if transposed else k), e.at(b, rows_on), u)
 
