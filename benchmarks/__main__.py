@@ -76,8 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n" + gate.table(gate.judge(result)))
     status = 0
     if options.only == "suite" or (options.only is None and not options.quick):
-        command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-enable"]
-        command += ["--benchmark-quiet", f"--benchmark-json={out / 'suite.json'}"]
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-n", "0"]
+        command += [
+            "--benchmark-enable",
+            "--benchmark-quiet",
+            f"--benchmark-json={out / 'suite.json'}",
+        ]
         command += ["--ignore=benchmarks/bench_peers.py", "--benchmark-only"]
         status = subprocess.run(command, cwd=ROOT).returncode
     report.write(out)

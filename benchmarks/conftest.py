@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from benchmarks.peers.worker import copy_bandwidth, machine_rates
@@ -35,6 +34,8 @@ TOY_SWEEPS = {"T": (2, 5), "B": (1, 3), "H": (8, 17), "V": (5, 31)}
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.benchmark_enable and config.getoption("numprocesses", None):
+        raise pytest.UsageError("benchmarks are timed in one process: add -n 0")
     if config.option.benchmark_storage == "file://./.benchmarks":
         config.option.benchmark_storage += "/" + machine_slug(machine())
 
@@ -142,35 +143,3 @@ def timed(benchmark: Any, rates: dict[str, float] | None, backend: Backend) -> T
 @functools.cache
 def _bandwidth(nbytes: int) -> float:
     return copy_bandwidth(nbytes, repeats=20)
-
-
-class Case:
-    """The arrays of one op at one size, on the device and in float64 for the oracle."""
-
-    def __init__(self, backend: Backend, dims: Dims) -> None:
-        self.backend, self.dims = backend, dims
-        self.rng = np.random.default_rng([dims.T, dims.B, dims.H, dims.V])
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Any:
-        """A host array of float32 deviates."""
-        return (self.rng.standard_normal(shape) * scale).astype(np.float32)
-
-    def put(self, *hosts: Any) -> list[Any]:
-        return [self.backend.put(host) for host in hosts]
-
-    def empty(self, *shape: int) -> Any:
-        return self.backend.empty(shape, np.float32)
-
-    def synced(self, op: Callable[[], Any]) -> Callable[[], None]:
-        """The op, waited for."""
-
-        def call() -> None:
-            op()
-            self.backend.sync()
-
-        return call
-
-
-@pytest.fixture
-def case(backend: Backend, dims: Dims) -> Case:
-    return Case(backend, dims)

@@ -17,6 +17,7 @@ from pathlib import Path
 from fastrnn.bench import BenchResult, markdown_table, paired_ratio
 
 OURS = "numba"
+OUR_TORCH = "fastrnn-torch"
 SIZES_OF_RECURRENCE = ("headline", "B1", "B256", "T512", "H64", "H512", "H1024")
 
 
@@ -25,13 +26,14 @@ class Gate:
     """``peer`` needs at least ``at_least`` times as long as ours on a workload and size.
 
     The peer ``floor`` is the step's products at the best SGEMM rate seen in our own process: there
-    ``at_least`` is the share of it that is reached.
+    ``at_least`` is the share of it that is reached. ``ours`` is which of our contenders.
     """
 
     workload: str
     size: str
     peer: str
     at_least: float
+    ours: str = OURS
 
 
 GATES = (
@@ -49,6 +51,13 @@ GATES = (
         for peer in ("jax-scan", "torch-compile", "torch-loop", "torch-rnn-gather")
         if (size, peer) != ("headline", "torch-rnn-gather")
     ),
+    *(
+        Gate("recurrence+bptt", size, "torch-rnn-gather", 1.0, OUR_TORCH)
+        for size in SIZES_OF_RECURRENCE
+        if size != "headline"
+    ),
+    Gate("recurrence+bptt", "headline", "torch-rnn-gather", 1.5, OUR_TORCH),
+    Gate("step", "headline", "torch-rnn-gather", 1.1, OUR_TORCH),
     Gate("generate", "headline", "torch-loop", 4.0),
     Gate("generate", "headline", "jax-scan", 1.0),
     Gate("generate64", "headline", "jax-scan", 1.0),
@@ -68,15 +77,15 @@ class Verdict:
         return self.measured is not None and self.measured >= self.gate.at_least * (1 - margin)
 
 
-def judge(result: BenchResult, gates: Sequence[Gate] = GATES, ours: str = OURS) -> list[Verdict]:
+def judge(result: BenchResult, gates: Sequence[Gate] = GATES) -> list[Verdict]:
     """Hold a result against the gates."""
-    return [_judge(result, gate, ours) for gate in gates]
+    return [_judge(result, gate) for gate in gates]
 
 
-def _judge(result: BenchResult, gate: Gate, ours: str) -> Verdict:
-    mine = result.find(gate.workload, gate.size, ours)
+def _judge(result: BenchResult, gate: Gate) -> Verdict:
+    mine = result.find(gate.workload, gate.size, gate.ours)
     if mine is None or mine.seconds is None:
-        return Verdict(gate, None, f"{ours}: " + (mine.reason if mine else "not measured"))
+        return Verdict(gate, None, f"{gate.ours}: " + (mine.reason if mine else "not measured"))
     if gate.peer == "floor":
         if mine.floor is None:
             return Verdict(gate, None, "no SGEMM rate was measured")
@@ -95,7 +104,8 @@ def table(verdicts: Sequence[Verdict], margin: float = 0.0) -> str:
         g = v.gate
         measured = "–" if v.measured is None else f"{v.measured:.2f}"
         word = v.why if v.measured is None else "met" if v.met(margin) else "**missed**"
-        cells.append((f"{g.workload}, {g.size}: {g.peer}", f"≥ {g.at_least:g}", measured, word))
+        name = f"{g.workload}, {g.size}: {g.peer}" + f" by {g.ours}" * (g.ours != OURS)
+        cells.append((name, f"≥ {g.at_least:g}", measured, word))
     return "\n".join(markdown_table(cells))
 
 

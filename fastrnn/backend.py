@@ -261,10 +261,6 @@ class Backend(ABC):
         self, dims: Dims, tokens: HostArray, params: Mapping[str, HostArray]
     ) -> Workspace:
         """Allocate all buffers of a training run and fill in the corpus and the parameters."""
-        T, B, H, V = dims.T, dims.B, dims.H, dims.V
-
-        def make(*shape: int) -> Array:
-            return self.empty(shape, dims.dtype)
 
         def views(flat: Array) -> dict[str, Array]:
             return {
@@ -277,7 +273,6 @@ class Backend(ABC):
         for name in PARAM_NAMES:
             host[dims.param_slices[name]] = params[name].ravel()
         flat_params = self.put(host)
-        h, dz = make(T, B, H), make(T, B, H)
         return Workspace(
             dims=dims,
             tokens=self.put(tokens),
@@ -285,19 +280,25 @@ class Backend(ABC):
             flat_grads=flat_grads,
             params=views(flat_params),
             grads=views(flat_grads),
-            x=self.empty((T, B), np.int32),
-            y=self.empty((T, B), np.int32),
-            h0=self.put(np.zeros((B, H), dims.dtype)),
-            z=h,
-            h=h,
-            dh=dz,
-            dz=dz,
-            dh0=make(B, H),
-            logits=make(T, B, V),
-            loss=make(),
-            norm=make(),
+            x=self.empty((dims.T, dims.B), np.int32),
+            y=self.empty((dims.T, dims.B), np.int32),
+            dh0=self.empty((dims.B, dims.H), dims.dtype),
+            loss=self.empty((), dims.dtype),
+            norm=self.empty((), dims.dtype),
             totals=self.put(np.zeros(4, np.float64)),
+            **self.activations(dims),
         )
+
+    def activations(self, dims: Dims) -> dict[str, Any]:
+        """The arrays of a workspace whose layout is the backend's own affair.
+
+        Returns:
+            h0 (zero), z, h, dh, dz and logits, and whatever ``extra`` the backend keeps with them.
+        """
+        T, B, H, V, dtype = dims.T, dims.B, dims.H, dims.V, dims.dtype
+        h, dz = self.empty((T, B, H), dtype), self.empty((T, B, H), dtype)
+        h0, logits = self.put(np.zeros((B, H), dtype)), self.empty((T, B, V), dtype)
+        return {"h0": h0, "z": h, "h": h, "dh": dz, "dz": dz, "logits": logits}
 
     def step(self, ws: Workspace, starts: Array, lr: float, max_norm: float, carry: bool) -> None:
         """One training step on the batch at ``starts`` (int32 ``[B]``, on the device).

@@ -86,7 +86,7 @@ class Contender:
     Attributes:
         name: short and unique. label: what the table prints. module: a file in the peers' folder.
         variant: which of its variants. workloads: what it can run. device: "cpu" or "cuda".
-        ours: a backend of fastrnn. slow_start: compiles for longer than half a minute.
+        ours: fastrnn, not a peer. slow_start: compiles for longer than half a minute.
         precision: a row of :data:`MAX_ERROR`. env: additional environment of its process.
     """
 
@@ -107,6 +107,16 @@ _RNN = ("step", "recurrence", "recurrence+bptt")
 _OP = ("recurrence", "recurrence+bptt")
 
 PEERS = (
+    Contender("fastrnn-torch", "fastrnn.torch.RNN", "fastrnn_torch", "", _RNN, ours=True),
+    Contender(
+        "fastrnn-torch-cuda",
+        "fastrnn.torch.RNN",
+        "fastrnn_torch",
+        "cuda",
+        _RNN,
+        "cuda",
+        ours=True,
+    ),
     Contender(
         "numpy-reference",
         "NumPy, step by step",
@@ -115,6 +125,14 @@ PEERS = (
         ("step", "generate", "generate64"),
     ),
     Contender("jax-scan", "JAX scan + jit", "jax_scan", "cpu", _ALL),
+    Contender(
+        "fastrnn-jax",
+        "fastrnn.jax under jit",
+        "fastrnn_jax",
+        "cpu",
+        (*_RNN, "cross_entropy"),
+        ours=True,
+    ),
     Contender(
         "torch-compile",
         "torch.compile, gather + loop",
@@ -1046,7 +1064,7 @@ def run_bench(
                 result.rates[key] = max(rate, result.rates.get(key, 0.0))
     if first_call:
         for contender in contenders:
-            if contender.ours and contender.variant != "numpy":
+            if contender.module == "fastrnn_backend" and contender.variant != "numpy":
                 progress(f"first call of {contender.label}, with an empty JIT cache")
                 result.first_call[contender.name] = measure_first_call(contender.variant)
     result.seconds = time.monotonic() - start

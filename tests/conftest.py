@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from fastrnn.backend import Backend, BackendUnavailableError, open_backend
+from tests.emulator.require import require_emulator
 
 # One thread a core is plenty for toy shapes, and examples must not depend on a machine's speed.
 settings.register_profile("fastrnn", deadline=None, max_examples=25, derandomize=True)
@@ -28,6 +30,25 @@ for _name in GPU_BACKENDS:
         MISSING[_name] = str(_error)
 REQUIRE_GPU = bool(os.environ.get("FASTRNN_REQUIRE_GPU"))
 BACKENDS = [name for name in CPU_BACKENDS + GPU_BACKENDS if REQUIRE_GPU or name not in MISSING]
+
+
+EMULATED = {"cupy-sm_90": (90, False), "cupy-sm_90-late": (90, True), "cupy-sm_75": (75, False)}
+"""The CUDA C engine in the emulator: compute capability, and whether branches run late."""
+
+ALL_BACKENDS = [*BACKENDS, *EMULATED]
+
+
+@functools.cache
+def open_any(name: str) -> Backend:
+    """A backend of :data:`ALL_BACKENDS`; skips the test where the emulator cannot run."""
+    if name not in EMULATED:
+        return open_backend(name)
+    require_emulator()
+    from fastrnn.backends.cupy_cuda import CupyBackend
+    from tests.emulated_device import EmulatedDevice
+
+    capability, late_branches = EMULATED[name]
+    return CupyBackend(EmulatedDevice(capability, late_branches=late_branches))
 
 
 def pytest_report_header() -> list[str]:

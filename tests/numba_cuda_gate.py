@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -39,13 +40,22 @@ def pretended_device(arch: int) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def library(kernel: Any) -> Any:
+    """What numba makes of a kernel, by the very dispatcher that the backend launches; the same for
+    every architecture until it becomes PTX."""
+    (overload,) = replace(kernel).dispatcher.overloads.values()  # of a copy
+    return overload._codelibrary
+
+
 def compile_kernel(kernel: Any, arch: int) -> Compiled:
-    """Compile by the very dispatcher that the backend launches, and link for ``sm_arch``."""
+    """Compile as the backend does on a device of this architecture, and link for it."""
     with pretended_device(arch):
-        dispatcher = replace(kernel).dispatcher  # a copy: the kernel's own stays uncompiled
-        (overload,) = dispatcher.overloads.values()
-        ptx = overload.inspect_asm(divmod(arch, 10))
-    log = link(ptx, arch)
+        ptx = library(kernel).get_asm_str()
+    target = re.search(r"^\.target sm_(\w+)", ptx, re.MULTILINE)
+    assert target, "no target in the PTX"
+    assert target[1].rstrip("af") == str(arch)
+    log = link(ptx, target[1])
     used = re.search(r"used (\d+) registers.*?, (\d+) stack", log)
     assert used, f"no resources in the linker's log: {log}"
     spills = re.findall(r"(\d+) bytes spill", log)
@@ -61,7 +71,7 @@ def compile_kernel(kernel: Any, arch: int) -> Compiled:
     )
 
 
-def link(ptx: str, arch: int) -> str:
+def link(ptx: str, arch: str) -> str:
     """Link ``ptx`` into a cubin by nvJitLink; its verbose log."""
     linker = importlib.import_module("cuda.bindings.nvjitlink")
     options = [f"-arch=sm_{arch}", "-O3", "-verbose", "-Xptxas=-v"]

@@ -7,15 +7,20 @@ A CUDA thread is a Python thread here, so blocks and tiles are shrunk; the kerne
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
+import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from numba import cuda
 
 from fastrnn import reference
 from fastrnn.backend import Dims, open_backend
@@ -23,6 +28,7 @@ from fastrnn.backends import numba_cuda_kernels as kernels
 from fastrnn.backends.numba_cuda import NumbaCudaBackend
 from fastrnn.decoding import Decoding
 from tests.conftest import Inputs
+from tests.numba_cuda_simulator import poisoned, repaired_simulator
 from tests.test_ops import (
     OnBackend,
     recurrence_oracle,
@@ -62,14 +68,18 @@ __all__ = [
 
 assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "run under the simulator"
 
-# The simulator's scheduler polls its threads; let it not hold the interpreter while it does.
-sys.setswitchinterval(5e-5)
 
-# Small enough for Python threads; every path of the real sizes is taken: rows of W_hh that stay in
-# registers and rows that do not, several slices, tiles and splits, states too wide for one block.
+@pytest.fixture(autouse=True, scope="module")
+def simulator() -> Iterator[None]:
+    with repaired_simulator():
+        yield
+
+
+# Small enough for Python threads; every path of the real sizes is taken: rows of W_hh in registers,
+# in shared memory and in neither, several slices, tiles and splits, states too wide for one block.
 TOY = kernels.Geometry(
-    lanes=4, slices=4, max_hidden=16, resident_bytes=48, tile_m=8, tile_n=8, tile_k=4,
-    micro_m=4, micro_n=2, threads=8, columns=4, partial_blocks=3,
+    lanes=4, slices=4, max_hidden=16, resident_bytes=48, shared_bytes=700, tile_m=8, tile_n=8,
+    tile_k=4, micro_m=4, micro_n=2, threads=8, columns=4, partial_blocks=3,
 )  # fmt: skip
 
 SHAPES = [
@@ -93,6 +103,54 @@ def backend() -> NumbaCudaBackend:
 def inputs(request: pytest.FixtureRequest) -> Inputs:
     T, B, H, V, dtype = request.param
     return Inputs(T, B, H, V, dtype)
+
+
+# --- the simulator ---------------------------------------------------------------------------
+
+
+def test_a_block_has_one_shared_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(shape: Any, dtype: Any) -> Any:
+        time.sleep(0.01)  # other threads of the block come to ask meanwhile
+        return poisoned(shape, dtype)
+
+    def rotate(out: Any) -> None:
+        word = cuda.shared.array(8, dtype=np.int32)
+        i = cuda.threadIdx.x
+        word[i] = i
+        cuda.syncthreads()
+        out[i] = word[(i + 1) % 8]
+
+    out = np.zeros(8, np.int32)
+    monkeypatch.setattr("tests.numba_cuda_simulator.poisoned", slowly)
+    cuda.jit(rotate)[1, 8](out)
+    assert out.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+
+
+def test_barriers_count_the_threads_that_are_left() -> None:
+    def leave_early(out: Any) -> None:
+        i = cuda.threadIdx.x
+        if i >= 4:
+            return
+        word = cuda.shared.array(4, dtype=np.int32)
+        for n in range(3):
+            word[i] = n * i
+            cuda.syncthreads()
+            out[n, i] = word[(i + 1) % 4]
+            cuda.syncthreads()
+
+    out = np.zeros((3, 4), np.int32)
+    cuda.jit(leave_early)[1, 8](out)
+    np.testing.assert_array_equal(out, np.outer(range(3), [1, 2, 3, 0]))
+
+
+def test_an_error_of_a_thread_ends_its_block() -> None:
+    def fail(out: Any) -> None:
+        if cuda.threadIdx.x == 3:
+            out[99] = 1
+        cuda.syncthreads()
+
+    with pytest.raises(IndexError, match=r"tid=\[3, 0, 0\].*index 99 is out of bounds"):
+        cuda.jit(fail)[1, 8](np.zeros(8, np.int32))
 
 
 # --- steps -----------------------------------------------------------------------------------
@@ -133,6 +191,140 @@ def test_steps_give_the_same_bits_however_they_are_submitted(backend: NumbaCudaB
             np.testing.assert_array_equal(a, b)
 
 
+class Queued(NumbaCudaBackend):
+    """Holds back what is submitted, and runs it in any order that streams and events allow.
+
+    Args:
+        order: "first" or "last" of the launches that may run, by when they were submitted, or a
+            seed to draw them by. dropped: the name of an order between streams to forget.
+    """
+
+    def __init__(self, order: str | int = "first", dropped: str = "") -> None:
+        super().__init__(TOY)
+        self.order, self.dropped = order, dropped
+        self.held: list[tuple[set[int], Callable[[], None]]] = []
+        self.last: dict[int, set[int]] = {}  # by stream: what its next launch waits for
+        self.holding = False
+        self.made = 0  # scratch arrays, while it was holding
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        self.held, self.last, self.holding = [], {}, True
+        self.made = -len(self._scratch_arrays)
+        yield
+        self.holding = False
+        self.made += len(self._scratch_arrays)
+
+    def get(self, array: Any) -> Any:
+        assert not self.holding, "a step reads from the device"
+        return super().get(array)
+
+    def put(self, host: Any, out: Any = None) -> Any:
+        assert not self.holding, "a step writes from the host"
+        return super().put(host, out)
+
+    def sync(self) -> None:
+        assert not self.holding, "a step waits for the device"
+
+    def launch(self) -> None:
+        """Run what is held, each launch after those that it waits for."""
+        random = np.random.default_rng(self.order if isinstance(self.order, int) else 0)
+        done: set[int] = set()
+        while len(done) < len(self.held):
+            ready = [i for i, (waits, _) in enumerate(self.held) if i not in done and waits <= done]
+            drawn = int(random.choice(ready))
+            chosen = {"first": ready[0], "last": ready[-1]}.get(str(self.order), drawn)
+            self.held[chosen][1]()
+            done.add(chosen)
+
+    def _launch(self, stream: Any, kernel: Any, grid: Any, *args: Any) -> None:
+        run = functools.partial(super()._launch, stream, kernel, grid, *args)
+        if not self.holding:
+            run()
+            return
+        self.held.append((self.last.get(id(stream), set()), run))
+        self.last[id(stream)] = {len(self.held) - 1}
+
+    def _order(self, first: Any, then: Any, what: str) -> None:
+        if what != self.dropped:
+            self.last[id(then)] = self.last.get(id(then), set()) | self.last.get(id(first), set())
+
+    def _scratch(self, *args: Any) -> Any:
+        fresh = len(self._scratch_arrays)
+        array = super()._scratch(*args)
+        if len(self._scratch_arrays) > fresh:
+            array[:] = np.nan if array.dtype.kind == "f" else 0
+        return array
+
+
+class TwoSteps:
+    """Two steps that are submitted before either runs."""
+
+    def __init__(self, H: int) -> None:
+        inputs = Inputs(2, 2, H, 4, np.float32)
+        self.dims = Dims(2, 2, H, 4, inputs.dtype)
+        self.params, self.tokens, self.starts = setting(inputs, 2)
+
+    def __call__(self, order: str | int, dropped: str = "") -> list[Any]:
+        """What they leave behind, run in this order."""
+        backend = Queued(order, dropped)
+        ws = backend.workspace(self.dims, self.tokens, self.params)
+        for array in (ws.h, ws.dz, ws.dh0, ws.logits, *ws.grads.values()):
+            array.reshape(array.size)[:] = np.nan
+        ws.x[:], ws.y[:] = 0, 0
+        rows = backend.put(self.starts.ravel())
+        cursor, rates = backend.put(np.zeros(1, np.int32)), backend.put(np.array([0.5, 0.7]))
+        with backend.capture():
+            for _ in self.starts:
+                backend._submit(ws, rows, cursor, cursor, rates, True)
+        backend.launch()
+        return [backend.get(a) for a in (ws.flat_params, ws.h0, ws.totals)]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("H", [5, 17], ids=["one-block-a-row", "wide-state"])
+def test_streams_may_run_in_any_order_they_are_allowed(H: int) -> None:
+    run = TwoSteps(H)
+    want = run("first")
+    assert not any(np.isnan(array).any() for array in want)
+    for order in ("last", 1):
+        assert same(run(order), want), order
+
+
+@pytest.mark.parametrize("dropped", ["begin", "window", "rank", "dh", "dz", "dW_hq", "dW_xh"])
+def test_every_order_between_streams_is_needed(dropped: str) -> None:
+    run = TwoSteps(17 if dropped == "window" else 5)
+    want = run("first")
+    assert not all(same(run(order, dropped), want) for order in ("last", 1, 2, 3, 4, 5))
+
+
+def test_a_captured_step_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture and replay as on a device, with the launches held back in place of a graph."""
+    two = TwoSteps(5)
+    starts = np.concatenate([two.starts, two.starts[::-1], two.starts[:1]])
+    graphs: list[Queued] = []
+    results = []
+    for captures in (False, True):
+        backend = Queued("last")
+        backend._captures = captures
+
+        def graph(stream: Any, backend: Queued = backend) -> Queued:
+            graphs.append(backend)
+            return backend
+
+        monkeypatch.setattr("fastrnn.backends.numba_cuda.Graph", graph)
+        ws = backend.workspace(two.dims, two.tokens, two.params)
+        backend.run_steps(ws, starts[:3], 0.5, 0.7, True)
+        backend.run_steps(ws, starts[3:], 0.25, 0.3, True)  # the same graph, at other rates
+        results.append([backend.get(a) for a in (ws.flat_params, ws.h0, ws.totals)])
+    assert len(graphs) == 1
+    assert graphs[0].made == 0
+    assert same(*results)
+
+
 def test_rates_are_read_anew_in_each_run(backend: NumbaCudaBackend) -> None:
     inputs = Inputs(2, 2, 5, 4, np.float64)
     params, tokens, starts = setting(inputs, 2)
@@ -165,6 +357,21 @@ def test_the_blocks_meant_for_real_devices() -> None:
     assert_close("recurrence", on("recurrence", z, W, h0), recurrence_oracle(z, W, h0))
     h, W_hq, b_q = inputs.array(2, 1, 33), inputs.array(33, 5), inputs.array(5)
     assert_close("project", on("project", h, W_hq, b_q), up(h) @ up(W_hq) + up(b_q))
+
+
+def test_the_first_use_of_a_kernel_is_announced(
+    backend: NumbaCudaBackend, caplog: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = replace(kernels.copy_kernel(np.dtype(np.float32), TOY))  # not yet compiled
+    x, out = backend.put(np.ones(4, np.float32)), backend.empty((4,), np.float32)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            backend._map(backend.stream, kernel, 4, x, out)
+    message = "numba-cuda: compiling copy (first use in this process)"
+    assert caplog.messages == [message]
+    assert capsys.readouterr().err == f"fastrnn: {message}\n"
+    np.testing.assert_array_equal(backend.get(out), 1)
 
 
 # --- generation ------------------------------------------------------------------------------
@@ -302,27 +509,27 @@ TWINS: list[tuple[str, str, str, Callable[[NumbaCudaBackend], None]]] = [
     ),
     (
         "no barrier before the next state is read",
-        f"while row < z.shape[0]:\n            {BARRIER}",
-        "while row < z.shape[0]:\n            pass",
+        f"while row < end:\n            {BARRIER}",
+        "while row < end:\n            pass",
         check_recurrence,
     ),
     (
         "rows outside the registers dropped",
-        "for k in range(KEPT, ROWS):",
+        "for k in range(KEPT + STAGED, ROWS):",
         "for k in range(ROWS, ROWS):",
         check_recurrence,
     ),
     (
         "no barrier between dz and the product with it",
-        f"row -= B * H\n            {BARRIER}",
-        "row -= B * H",
+        f"{BARRIER}\n            multiply(state, acc, w, staged, Wt",
+        "multiply(state, acc, w, staged, Wt",
         check_recurrence_backward,
     ),
     ("tanh' forgotten", "* (one - hidden * hidden)", "* one", check_recurrence_backward),
     (
         "h not shifted by a step in dW_hh",
-        "A[u64((k - lead) * M + m)]",
-        "A[u64(k * M + m)]",
+        "A[at_a - behind]",
+        "A[at_a]",
         check_recurrence_backward,
     ),
     (
@@ -332,8 +539,13 @@ TWINS: list[tuple[str, str, str, Callable[[NumbaCudaBackend], None]]] = [
         check_gather_backward,
     ),
     ("rows not sorted by token", "order[count] = q", "order[q] = q", check_gather_backward),
-    ("last row of K dropped", "m < M and k < end", "m < M and k < end - 1", check_project),
-    ("one buffer for two tiles", "buffer = u32(1) - buffer", "pass", check_project),
+    (
+        "last row of K dropped",
+        "min(u32(part), u32(K - begin))",
+        "min(u32(part), u32(K - begin - 1))",
+        check_project,
+    ),
+    ("one buffer for two tiles", "buffer = u32(1 - buffer)", "pass", check_project),
     (
         "sums not rescaled to the row's maximum",
         "total *= math.exp(high - row_high)",

@@ -55,14 +55,14 @@ def kernels() -> Any:
 # --- in the simulator ------------------------------------------------------------------------
 
 
-OPTIONS = ("-q", "-rA", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist")
+OPTIONS = ("-q", "-rA", "--tb=short", "-p", "no:cacheprovider")
 
 
 @needs_package
 def test_ops_steps_and_generation_in_the_simulator() -> None:
     """``tests/numba_cuda_simulated.py``, in a process where the simulator is numba's CUDA."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/numba_cuda_simulated.py", *OPTIONS],
+        [sys.executable, "-m", "pytest", "-n", "0", "tests/numba_cuda_simulated.py", *OPTIONS],
         cwd=ROOT,
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
@@ -83,7 +83,9 @@ def test_ops_steps_and_generation_in_the_simulator() -> None:
 # --- compiled for devices --------------------------------------------------------------------
 
 # Where a kernel may touch double precision at float32: sums, totals, rates, probabilities.
-MAY_USE_DOUBLES = {"mean", "sum_squares", "norm", "set_rates", "sgd", "record", "generate"}
+MAY_USE_DOUBLES = {
+    "mean", "sum_squares", "norm", "set_rates", "sgd", "record", "update", "generate",
+}  # fmt: skip
 
 # Bytes of shared memory that a kernel may have without asking; numba cannot ask for more.
 STATIC_SHARED = 48 * 1024
@@ -105,7 +107,14 @@ def check(compiled: Compiled, threads: int, dtype: str) -> None:
 
 
 def vector_loads(ptx: str) -> int:
-    return len(re.findall(r"ld\.shared\.v4\.[bf]32", ptx))
+    """Loads of sixteen bytes of shared memory."""
+    return len(re.findall(r"ld\.shared\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx))
+
+
+def fmas(ptx: str) -> int:
+    """Multiply-adds in float32; from sm_100 on some come in pairs."""
+    pairs = len(re.findall(r"fma\.rn(?:\.ftz)?\.f32x2", ptx))
+    return pairs + len(re.findall(r"fma\.rn(?:\.ftz)?\.f32", ptx))
 
 
 @needs_compiler
@@ -118,15 +127,19 @@ def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -
         check(compiled, kernel.threads * kernel.blocks, dtype)
         table[kernel.name] = compiled
     if dtype == "float32":
-        for name in ("recurrence_256", "recurrence_backward_256"):
-            # 96 words of W_hh a thread live in registers, and the state is read four at a time.
-            assert 97 <= table[name].registers <= 128
-            assert vector_loads(table[name].ptx) >= 4
-            assert table[name].ptx.count("fma.rn.f32") >= 128
+        # From sm_100 on it is the assembler that puts the last loads together, after the PTX.
+        together = arch < 100
+        for name in ("recurrence_256", "gather_recurrence_256", "recurrence_backward_256"):
+            # Of the 64 rows of a slice 54 are in registers and 10 in shared memory; the state, 64
+            # words a thread, is read four at a time, and so are the shared rows, four words each.
+            assert 4 * 54 < table[name].registers <= 255
+            assert not together or vector_loads(table[name].ptx) == 64 // 4 + 10
+            assert fmas(table[name].ptx) >= 256
         for name in ("gemm_nn", "gemm_nt", "gemm_tn"):
+            # A tile of 16 places of K unrolled: 32 products and three loads of four words a place.
             assert table[name].registers <= 128  # room for four blocks
-            assert vector_loads(table[name].ptx) >= 3
-            assert table[name].ptx.count("fma.rn.f32") % 32 == 0
+            assert not together or vector_loads(table[name].ptx) == 3 * 16
+            assert fmas(table[name].ptx) == 32 * 16
 
 
 def wrong(name: str) -> Any:
@@ -179,17 +192,19 @@ def test_the_gate_rejects(name: str, complaint: str) -> None:
 
 @needs_compiler
 def test_the_gate_rejects_too_much_shared_memory() -> None:
+    kernel = wrong("shared memory")
     linker = importlib.import_module("cuda.bindings.nvjitlink")
-    with pytest.raises(linker.nvJitLinkError):
-        compile_kernel(wrong("shared memory"), 90)
+    # Some linkers refuse it, others leave it to the launch.
+    with pytest.raises((linker.nvJitLinkError, AssertionError), match=r"ERROR|shared memory"):
+        check(compile_kernel(kernel, 90), kernel.threads, "float32")
 
 
 @needs_compiler
 def test_more_of_W_in_registers_would_spill() -> None:
-    """The share of W_hh that stays in registers is the largest that fits."""
+    """The share of W_hh that stays in registers is close to the largest that fits."""
     module = kernels()
-    greedy = replace(module.Geometry(), resident_bytes=module.Geometry().resident_bytes + 64)
-    kernel = module.recurrence_kernel(np.dtype(np.float32), greedy, 8)
+    greedy = replace(module.Geometry(), resident_bytes=module.Geometry().resident_bytes + 128)
+    kernel = module.recurrence_kernel(np.dtype(np.float32), greedy, 4, False)
     with pytest.raises(AssertionError, match="recurrence_256 spills"):
         check(compile_kernel(kernel, 90), kernel.threads, "float32")
 
@@ -211,6 +226,10 @@ def test_the_old_built_in_module_is_refused() -> None:
         pytest.raises(BackendUnavailableError, match=r"built-in module answers.*pip install"),
     ):
         load_cuda()
+    with mock.patch.dict(sys.modules, {"numba.cuda": cuda}):
+        sys.modules.pop("fastrnn.backends.numba_cuda_kernels", None)
+        with pytest.raises(BackendUnavailableError, match="built-in module answers"):
+            kernels()
 
 
 def test_a_missing_driver_is_named() -> None:

@@ -9,8 +9,14 @@ import pytest
 
 from fastrnn import ops, reference
 from fastrnn.backend import Backend
-from tests.conftest import Inputs
+from tests.conftest import ALL_BACKENDS, Inputs, open_any
 from tests.tolerances import RELATIVE_RMS, assert_close
+
+
+@pytest.fixture(params=ALL_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Every backend in turn, the CUDA C engine in the emulator among them."""
+    return open_any(request.param)
 
 
 def up(array: Any) -> Any:

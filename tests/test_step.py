@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 
 from fastrnn import reference
 from fastrnn.backend import Backend, Dims, open_backend
-from tests.conftest import CPU_BACKENDS, Inputs
+from tests.conftest import ALL_BACKENDS, CPU_BACKENDS, Inputs, open_any
 from tests.tolerances import RELATIVE_RMS, assert_close, relative_rms
+
+
+@pytest.fixture(params=ALL_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Every backend in turn, the CUDA C engine in the emulator among them."""
+    return open_any(request.param)
 
 
 def oracle_steps(

@@ -41,15 +41,21 @@ def loss_of(params: dict[str, Any], x: Any, y: Any, h0: Any) -> Any:
     return -jnp.take_along_axis(log_p, y[..., None], axis=-1).mean(), h[-1]
 
 
-@partial(jax.jit, donate_argnums=(0, 3))
-def train(params: Any, x: Any, y: Any, h0: Any, lr: Any, max_norm: Any) -> Any:
-    (loss, h), grads = jax.value_and_grad(loss_of, has_aux=True)(params, x, y, h0)
-    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
-    scale = lr * jnp.minimum(1.0, max_norm / norm)
-    return jax.tree.map(lambda p, g: p - scale * g, params, grads), loss, h
+def train_on(loss_of: Any) -> Any:
+    """The training step on a loss that returns the last state beside it."""
+
+    def train(params: Any, x: Any, y: Any, h0: Any, lr: Any, max_norm: Any) -> Any:
+        (loss, h), grads = jax.value_and_grad(loss_of, has_aux=True)(params, x, y, h0)
+        norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+        scale = lr * jnp.minimum(1.0, max_norm / norm)
+        return jax.tree.map(lambda p, g: p - scale * g, params, grads), loss, h
+
+    return jax.jit(train, donate_argnums=(0, 3))
 
 
 class Step:
+    train = staticmethod(train_on(loss_of))
+
     def __init__(self, problem: dict[str, Any], variant: str) -> None:
         self.params = dict(zip(NAMES, put(problem, variant, *NAMES), strict=True))
         self.X, self.Y, self.h = put(problem, variant, "X", "Y", "h0")
@@ -60,7 +66,7 @@ class Step:
     def run(self, n: int) -> None:
         for _ in range(n):
             i = self.done % len(self.X)
-            self.params, self.loss, self.h = train(
+            self.params, self.loss, self.h = self.train(
                 self.params, self.X[i], self.Y[i], self.h, *self.hyper
             )
             self.done += 1

@@ -76,6 +76,12 @@ class Model(nn.Module):
 class Step:
     """Forward, backward, ``clip_grad_norm_``, SGD; the state is carried."""
 
+    clip = staticmethod(nn.utils.clip_grad_norm_)
+
+    @staticmethod
+    def loss_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
     def __init__(self, problem: dict[str, Any], variant: str) -> None:
         words = variant.split("-")
         self.device = device_of(words)
@@ -92,12 +98,15 @@ class Step:
     def build(self, words: list[str], p: dict[str, torch.Tensor]) -> nn.Module:
         return Model(p, "onehot" in words)
 
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> Any:
+        return self.model(x, h)
+
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        logits, h = self.model(x, self.h)
-        loss = functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        logits, h = self.forward(x, self.h)
+        loss = self.loss_of(logits, y)
         self.sgd.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.params, self.max_norm)
+        self.clip(self.params, self.max_norm)
         self.sgd.step()
         self.h, self.loss = h.detach(), loss.detach()
 
@@ -141,6 +150,8 @@ class Step:
 class Recurrence:
     """``nn.RNN`` on the gathered input z, without gradients."""
 
+    layer: Any = nn.RNN
+
     def __init__(self, problem: dict[str, Any], variant: str) -> None:
         words = variant.split("-")
         self.device = device_of(words)
@@ -149,7 +160,7 @@ class Recurrence:
             name: torch.tensor(problem[name], device=self.device)
             for name in ("z", "W_hh", "h0", "dh")
         }
-        self.rnn = nn.RNN(H, H, bias=False).to(self.device)
+        self.rnn = self.layer(H, H, bias=False).to(self.device)
         self.rnn.weight_ih_l0 = fixed(torch.eye(H, device=self.device))
         self.rnn.weight_hh_l0 = nn.Parameter(self.args["W_hh"].T.contiguous())
 

@@ -129,6 +129,15 @@ def pack(like, size, rows, N, S, s_row, out, out_rows, turned, p0, p1):
 
 
 @jit
+def pack_square(like, size, S, out, turned, p0, p1):
+    """:func:`pack` for a square array of either memory order."""
+    if S.strides[1] != size:
+        out, turned = turned, out
+    N = len(S)
+    pack(like, size, N, N, address(S), N, out, N, turned, p0, p1)
+
+
+@jit
 def pad(source, out, p0, p1):
     """A vector into panels p0 … p1 of one row, zeros behind its end."""
     W = 2 * VECTOR_BYTES // source.itemsize
@@ -597,7 +606,7 @@ def recurrence(tid, nt, sync, B, z, W_hh, h0, h, packed, states):
     size, like = W_hh.itemsize, W_hh.dtype.type(0)
     R, H = z.shape
     p0, p1 = share(panels(H, size), tid, nt)
-    pack(like, size, H, H, address(W_hh), H, address(packed), H, 0, p0, p1)
+    pack_square(like, size, W_hh, address(packed), 0, p0, p1)
     pack(like, size, B, H, address(h0), H, address(states), 2 * B, 0, p0, p1)
     barrier(tid, nt, sync)
     forward(
@@ -611,7 +620,7 @@ def recurrence(tid, nt, sync, B, z, W_hh, h0, h, packed, states):
 def recurrence_backward(
     tid, nt, sync, B, dh, h, W_hh, h0, dz, dW_hh, dh0, packed, span, h_panels, dz_panels, scratch
 ):  # fmt: skip
-    """``span`` time steps at a time.
+    """``span`` time steps at a time; dW_hh only if it has elements.
 
     h_panels, dz_panels: panels of ``(span + 1) B`` rows: the states before those time steps, and
     their dz, after which lies the dz of the time step that follows.
@@ -624,7 +633,7 @@ def recurrence_backward(
     rows = (span + 1) * B
     p0, p1 = share(panels(H, size), tid, nt)
     tile = address(scratch[tid])
-    pack(like, size, H, H, address(W_hh), H, 0, H, address(packed), p0, p1)
+    pack_square(like, size, W_hh, 0, address(packed), p0, p1)
     h_at, dz_at = address(h_panels), address(dz_panels)
     barrier(tid, nt, sync)
     last = T
@@ -641,19 +650,20 @@ def recurrence_backward(
             like, size, first, last, last < T, T, B, H, address(packed), address(dh), address(h),
             dz_at, False, W, W, rows, H, address(dz), tile, tid, nt, sync,
         )  # fmt: skip
-        r, to = first * B, h_at
-        if first == 0:
-            pack(like, size, B, H, address(h0), H, h_at, rows, 0, p0, p1)
-            r, to = B, h_at + B * W * size
-        pack(
-            like, size, last * B - B - (r - B), H, address(h) + (r - B) * H * size, H, to, rows, 0,
-            p0, p1,
-        )  # fmt: skip
-        barrier(tid, nt, sync)
-        outer(
-            like, size, 1, n, -1, H, H, h_at, rows * W, dz_at, rows * W, address(dW_hh), last < T,
-            0, 0, tile, tid, nt,
-        )  # fmt: skip
+        if dW_hh.size > 0:
+            r, to = first * B, h_at
+            if first == 0:
+                pack(like, size, B, H, address(h0), H, h_at, rows, 0, p0, p1)
+                r, to = B, h_at + B * W * size
+            pack(
+                like, size, last * B - r, H, address(h) + (r - B) * H * size, H, to, rows, 0, p0,
+                p1,
+            )  # fmt: skip
+            barrier(tid, nt, sync)
+            outer(
+                like, size, 1, n, -1, H, H, h_at, rows * W, dz_at, rows * W, address(dW_hh),
+                last < T, 0, 0, tile, tid, nt,
+            )  # fmt: skip
         last = first
         barrier(tid, nt, sync)
     first, last = share(tiles(B), tid, nt)

@@ -57,7 +57,7 @@ def jit(function: Callable[..., Any]) -> Any:
     )(function)
     compiled.enable_caching()
     file = getattr(compiled._cache, "_cache_file", None)
-    if hasattr(file, "_source_stamp"):
+    if file is not None and hasattr(file, "_source_stamp"):
         file._source_stamp = _STAMP
     else:  # A numba whose cache cannot be told apart: rather compile anew than run stale code.
         compiled._cache.disable()

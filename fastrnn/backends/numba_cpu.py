@@ -8,6 +8,7 @@ threads a call is worth.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import platform
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ from fastrnn.decoding import Decoding
 
 _WORTH_THREADS = 8e6
 """Operations (a multiply-add counts two) from which waking the other threads pays."""
+
+_LINE = 64
+"""Bytes of a cache line: a load that crosses two costs twice."""
 
 
 class NumbaBackend(Backend):
@@ -113,13 +117,16 @@ class NumbaBackend(Backend):
         h0: Array,
         out: tuple[Array, Array, Array] | None = None,
     ) -> tuple[Array, Array, Array]:
+        """W_hh may be in Fortran order; without an array for dW_hh in ``out`` it is not made."""
         T, B, H = h.shape
-        dz, dW_hh, dh0 = out or (np.empty_like(dh), np.empty_like(W_hh), np.empty_like(h0))
+        dz, dW_hh, dh0 = out or (np.empty_like(dh), np.empty((H, H), h.dtype), np.empty_like(h0))
+        wanted = dW_hh is not None
         span = min(T, max(1, 2 * kernels.SPAN // B))
         rows = (span + 1) * B
-        packed, h_panels, dz_panels = _work((H, H), (rows, H), (rows, H), dtype=h.dtype)
+        shapes = (H, H), (rows * wanted, H), (rows, H)
+        packed, h_panels, dz_panels = _work(*shapes, dtype=h.dtype)
         self._run(
-            4 * T * B * H * H,
+            (4 if wanted else 2) * T * B * H * H,
             kernels.recurrence_backward,
             B,
             dh.reshape(-1, H),
@@ -127,7 +134,7 @@ class NumbaBackend(Backend):
             W_hh,
             h0,
             dz.reshape(-1, H),
-            dW_hh,
+            dW_hh if wanted else np.empty((0, 0), h.dtype),
             dh0,
             packed,
             span,
@@ -399,7 +406,7 @@ _HUGE = 2 << 20
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Bytes of an array, up to whole cache lines."""
-    return -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // _LINE) * _LINE
+    return -(-math.prod(shape) * np.dtype(dtype).itemsize // _LINE) * _LINE
 
 
 def _panelled(shape: tuple[int, int], dtype: Any) -> tuple[int]:
@@ -431,7 +438,7 @@ class _Memory:
         """The next array."""
         size = _bytes(shape, dtype)
         taken, self._left = self._left[:size], self._left[size:]
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         return taken.view(dtype)[:count].reshape(shape)
 
 

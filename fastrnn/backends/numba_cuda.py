@@ -31,12 +31,12 @@ INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA vers
 _log = logging.getLogger(__name__)
 
 
-def load_cuda() -> Any:
-    """``numba.cuda`` of the maintained numba-cuda package, with a device or the simulator.
+def maintained_cuda() -> Any:
+    """``numba.cuda`` of the maintained numba-cuda package: imported here and nowhere else.
 
     Raises:
-        BackendUnavailableError: numba-cuda is missing, numba's own deprecated ``cuda`` module
-            answers in its place, or no device works; the message says which.
+        BackendUnavailableError: numba-cuda is missing, or numba's own deprecated ``cuda`` module
+            answers in its place; the message says which.
     """
     try:
         cuda = importlib.import_module("numba.cuda")
@@ -49,6 +49,17 @@ def load_cuda() -> Any:
             "backend 'numba-cuda' needs the maintained numba-cuda package, but numba's built-in "
             f"module answers ({cuda.__file__}); {INSTALL}"
         )
+    return cuda
+
+
+def load_cuda() -> Any:
+    """:func:`maintained_cuda` with a device or the simulator.
+
+    Raises:
+        BackendUnavailableError: there is no such package or no device works; the message says
+            which.
+    """
+    cuda = maintained_cuda()
     if not cuda.is_available():
         reason = " ".join(str(cuda.cuda_error() or "no CUDA device found").split())
         raise BackendUnavailableError(
@@ -135,7 +146,11 @@ class NumbaCudaBackend(Backend):
         self._kernels = kernels or importlib.import_module("fastrnn.backends.numba_cuda_kernels")
         self.geometry = geometry or self._kernels.Geometry()
         self.simulated = bool(self._kernels.SIMULATED)
+        self._captures = not self.simulated
         self.stream = self._cuda.stream()
+        # For work beside the critical path of a step; they begin and end on `stream`.
+        self._sides = self._cuda.stream(), self._cuda.stream()
+        self._events: dict[str, Any] = {}
         self._multiprocessors = 4
         if not self.simulated:
             self._multiprocessors = self._cuda.get_current_device().MULTIPROCESSOR_COUNT
@@ -225,13 +240,22 @@ class NumbaCudaBackend(Backend):
             launcher = dispatcher[grid, kernel.threads, stream]
         launcher(*args)
 
+    def _order(self, first: Any, then: Any, what: str) -> None:
+        """What is submitted to ``then`` from now on waits for what ``first`` holds by now."""
+        if self.simulated:
+            return  # every launch has ended when it returns
+        if what not in self._events:
+            self._events[what] = self._cuda.event(timing=False)
+        self._events[what].record(first)
+        self._events[what].wait(then)
+
     def _map(self, stream: Any, kernel: Any, count: int, *args: Any) -> None:
         """Launch with a thread for each of ``count`` elements."""
         self._launch(stream, kernel, _ceil(count, kernel.threads), *args)
 
     def _scratch(self, stream: Any, name: str, size: int, dtype: Any) -> Array:
         """A flat buffer that the ops on ``stream`` share under ``name``; grows, never shrinks."""
-        key = (0 if self.simulated else int(stream), name, np.dtype(dtype).str)
+        key = (id(stream) if self.simulated else int(stream), name, np.dtype(dtype).str)
         array = self._scratch_arrays.get(key)
         if array is None or array.size < size:
             array = self._cuda.device_array(size, dtype, stream=stream)
@@ -249,43 +273,56 @@ class NumbaCudaBackend(Backend):
     # --- ops: gather ---
 
     def window(self, tokens: Array, starts: Array, out: tuple[Array, Array]) -> None:
-        self._window(tokens, starts, self._constant("zero", 0, np.int32), out)
+        tokens, starts, x, y = (self.wrap(a) for a in (tokens, starts, *out))
+        cursor = self._constant("zero", 0, np.int32)
+        self._window(self._stream(x), tokens, starts, cursor, x, y)
 
     def _window(
-        self, tokens: Array, starts: Array, cursor: Array, out: tuple[Array, Array]
+        self, stream: Any, tokens: Array, starts: Array, cursor: Array, x: Array, y: Array
     ) -> None:
-        tokens, starts, x, y = (self.wrap(a) for a in (tokens, starts, *out))
-        kernel = self._kernels.window_kernel(self.geometry)
-        stream, B = self._stream(x), x.shape[1]
+        kernel, B = self._kernels.window_kernel(self.geometry), x.shape[1]
         self._map(stream, kernel, x.size, tokens, _flat(starts), cursor, _flat(x), _flat(y), B)
 
     def gather(self, W_xh: Array, tokens: Array, b_h: Array, out: Array | None = None) -> Array:
         W_xh, tokens, b_h = (self.wrap(a) for a in (W_xh, tokens, b_h))
-        H, stream = W_xh.shape[1], self._stream(W_xh)
+        stream = self._stream(W_xh)
         if out is None:
-            out = self._result(stream, (*tokens.shape, H), W_xh.dtype)
-        z = _flat(self.wrap(out))
-        kernel = self._kernels.gather_kernel(np.dtype(W_xh.dtype), self.geometry)
-        self._map(stream, kernel, z.size, _flat(W_xh), _flat(tokens), b_h, z, H)
+            out = self._result(stream, (*tokens.shape, W_xh.shape[1]), W_xh.dtype)
+        self._gather(stream, W_xh, tokens, b_h, self.wrap(out))
         return out
+
+    def _gather(self, stream: Any, W_xh: Array, tokens: Array, b_h: Array, z: Array) -> None:
+        kernel = self._kernels.gather_kernel(np.dtype(W_xh.dtype), self.geometry)
+        H, z = W_xh.shape[1], _flat(z)
+        self._map(stream, kernel, z.size, _flat(W_xh), _flat(tokens), b_h, z, H)
 
     def gather_backward(
         self, dz: Array, tokens: Array, V: int, out: tuple[Array, Array] | None = None
     ) -> tuple[Array, Array]:
-        dz, tokens = self.wrap(dz), _flat(self.wrap(tokens))
-        H, stream, dtype, N = dz.shape[2], self._stream(dz), np.dtype(dz.dtype), tokens.size
+        dz, tokens = self.wrap(dz), self.wrap(tokens)
+        H, stream, dtype = dz.shape[2], self._stream(dz), np.dtype(dz.dtype)
         if out is None:
             out = (self._result(stream, (V, H), dtype), self._result(stream, (H,), dtype))
         dW_xh, db_h = (self.wrap(a) for a in out)
-        order = self._scratch(stream, "order", N, np.int32)
-        bounds = self._scratch(stream, "bounds", V + 1, np.int32)
-        rank = self._kernels.rank_kernel(self.geometry)
-        self._map(stream, rank, N + V + 1, tokens, order, bounds)
-        kernel = self._kernels.gather_backward_kernel(dtype, self.geometry)
-        grid = (V, _ceil(H, self.geometry.columns))
-        self._launch(stream, kernel, grid, _flat(dz), order, bounds, _flat(dW_xh), H)
+        self._sum_by_token(stream, dz, *self._rank(stream, tokens, V), dW_xh)
         self._column_sum(stream, dz, db_h)
         return out
+
+    def _rank(self, stream: Any, tokens: Array, V: int) -> tuple[Array, Array]:
+        """The rows of a batch in order of their tokens, and where each token's begin."""
+        order = self._scratch(stream, "order", tokens.size, np.int32)
+        bounds = self._scratch(stream, "bounds", V + 1, np.int32)
+        kernel = self._kernels.rank_kernel(self.geometry)
+        self._map(stream, kernel, tokens.size + V + 1, _flat(tokens), order, bounds)
+        return order, bounds
+
+    def _sum_by_token(
+        self, stream: Any, dz: Array, order: Array, bounds: Array, dW_xh: Array
+    ) -> None:
+        kernel = self._kernels.gather_backward_kernel(np.dtype(dz.dtype), self.geometry)
+        V, H = dW_xh.shape
+        grid = (V, _ceil(H, self.geometry.columns))
+        self._launch(stream, kernel, grid, _flat(dz), order, bounds, _flat(dW_xh), H)
 
     def _column_sum(self, stream: Any, x: Array, out: Array) -> None:
         kernel = self._kernels.column_sum_kernel(np.dtype(x.dtype), self.geometry)
@@ -305,22 +342,34 @@ class NumbaCudaBackend(Backend):
 
     def recurrence(self, z: Array, W_hh: Array, h0: Array, out: Array | None = None) -> Array:
         z, W_hh, h0 = (self.wrap(a) for a in (z, W_hh, h0))
-        (T, B, H), stream, dtype = z.shape, self._stream(z), np.dtype(z.dtype)
+        stream = self._stream(z)
         if out is None:
-            out = self._result(stream, (T, B, H), dtype)
-        h = self.wrap(out)
+            out = self._result(stream, z.shape, z.dtype)
+        self._recurrence(stream, z, W_hh, h0, self.wrap(out))
+        return out
+
+    def _recurrence(self, stream: Any, z: Array, W_hh: Array, h0: Array, h: Array) -> None:
+        (_, B, H), dtype = h.shape, np.dtype(h.dtype)
         if self.geometry.fits(H):
-            outputs = self.geometry.outputs(H)
-            kernel = self._kernels.recurrence_kernel(dtype, self.geometry, outputs)
-            W = self._padded(stream, W_hh, False)
-            self._launch(stream, kernel, B, _flat(z), W, _flat(h0), _flat(h), B, H)
-            return out
+            unread = self._constant("zero", 0, np.int32)
+            self._one_block_a_row(stream, False, z, h0, unread, unread, unread, W_hh, h0, h)
+            return
         kernel = self._kernels.tanh_step_kernel(dtype, self.geometry)
         steps = [_flat(h0), *_rows(h)]
         for t, z_t in enumerate(_rows(z)):
             partial, splits = self._partial_product(stream, steps[t], W_hh, B, H, H)
             self._map(stream, kernel, B * H, partial, z_t, steps[t + 1], splits)
-        return out
+
+    def _one_block_a_row(
+        self, stream: Any, gathers: bool, z: Array, b_h: Array, tokens: Array, starts: Array,
+        cursor: Array, W_hh: Array, h0: Array, h: Array,
+    ) -> None:  # fmt: skip
+        """The recurrence over a z that is there, or over the rows of z = W_xh by token."""
+        (_, B, H), g = h.shape, self.geometry
+        kernel = self._kernels.recurrence_kernel(np.dtype(h.dtype), g, g.outputs(H), gathers)
+        W = self._padded(stream, W_hh, False)
+        args = (_flat(z), _flat(b_h), tokens, _flat(starts), cursor, W, _flat(h0), _flat(h))
+        self._launch(stream, kernel, B, *args, B, H)
 
     def recurrence_backward(
         self,
@@ -339,21 +388,33 @@ class NumbaCudaBackend(Backend):
                 self._result(stream, (B, H), dtype),
             )
         dz, dW_hh, dh0 = (self.wrap(a) for a in out)
-        if self.geometry.fits(H):
-            outputs = self.geometry.outputs(H)
-            kernel = self._kernels.recurrence_backward_kernel(dtype, self.geometry, outputs)
-            Wt = self._padded(stream, W_hh, True)
-            self._launch(stream, kernel, B, _flat(dh), _flat(h), Wt, _flat(dz), _flat(dh0), B, H)
-        else:
-            kernel = self._kernels.tanh_step_backward_kernel(dtype, self.geometry)
-            partial, splits = _flat(dh0), 0
-            for dh_t, h_t, dz_t in reversed(list(zip(_rows(dh), _rows(h), _rows(dz), strict=True))):
-                self._map(stream, kernel, B * H, partial, dh_t, h_t, dz_t, splits)
-                partial, splits = self._partial_product(stream, dz_t, W_hh, B, H, H, trans_b=True)
-            self._sum_splits(stream, partial, _flat(dh0), splits)
-        # Σ_t h_{t-1}ᵀ dz_t: one product over all T·B rows, of which the first B are h0.
-        self._gemm(stream, _flat(h), dz, _flat(dW_hh), H, H, T * B, trans_a=True, head=h0, lead=B)
+        self._bptt(stream, dh, h, W_hh, self._turned(stream, W_hh), dz, dh0)
+        self._weight_gradient(stream, h, h0, dz, dW_hh)
         return out
+
+    def _turned(self, stream: Any, W_hh: Array) -> Array | None:
+        """W_hhᵀ as the one-block-a-row BPTT wants it; None where it does not run."""
+        return self._padded(stream, W_hh, True) if self.geometry.fits(W_hh.shape[0]) else None
+
+    def _bptt(
+        self, stream: Any, dh: Array, h: Array, W_hh: Array, Wt: Array | None, dz: Array, dh0: Array
+    ) -> None:
+        (_, B, H), dtype, g = h.shape, np.dtype(h.dtype), self.geometry
+        if Wt is not None:
+            kernel = self._kernels.recurrence_backward_kernel(dtype, g, g.outputs(H))
+            self._launch(stream, kernel, B, _flat(dh), _flat(h), Wt, _flat(dz), _flat(dh0), B, H)
+            return
+        kernel = self._kernels.tanh_step_backward_kernel(dtype, g)
+        partial, splits = _flat(dh0), 0
+        for dh_t, h_t, dz_t in reversed(list(zip(_rows(dh), _rows(h), _rows(dz), strict=True))):
+            self._map(stream, kernel, B * H, partial, dh_t, h_t, dz_t, splits)
+            partial, splits = self._partial_product(stream, dz_t, W_hh, B, H, H, trans_b=True)
+        self._sum_splits(stream, partial, _flat(dh0), splits)
+
+    def _weight_gradient(self, stream: Any, h: Array, h0: Array, dz: Array, dW_hh: Array) -> None:
+        """Σ_t h_{t-1}ᵀ dz_t: one product over all T·B rows, of which the first B are h0."""
+        T, B, H = h.shape
+        self._gemm(stream, _flat(h), dz, _flat(dW_hh), H, H, T * B, trans_a=True, head=h0, lead=B)
 
     # --- ops: output layer ---
 
@@ -439,19 +500,27 @@ class NumbaCudaBackend(Backend):
     def cross_entropy(
         self, logits: Array, targets: Array, out: tuple[Array, Array] | None = None
     ) -> tuple[Array, Array]:
-        logits, targets = self.wrap(logits), _flat(self.wrap(targets))
-        stream, dtype, V = self._stream(logits), np.dtype(logits.dtype), logits.shape[2]
+        logits, targets = self.wrap(logits), self.wrap(targets)
+        stream, dtype = self._stream(logits), np.dtype(logits.dtype)
         if out is None:
             out = (self._result(stream, (), dtype), self._result(stream, logits.shape, dtype))
         loss, dlogits = (self.wrap(a) for a in out)
+        self._mean(stream, self._cross_entropy(stream, logits, targets, dlogits), loss)
+        return out
+
+    def _cross_entropy(self, stream: Any, logits: Array, targets: Array, dlogits: Array) -> Array:
+        """Writes the gradient; returns the losses of the rows."""
+        dtype, targets, V = np.dtype(logits.dtype), _flat(targets), logits.shape[2]
         losses = self._scratch(stream, "losses", targets.size, dtype)
         kernel = self._kernels.cross_entropy_kernel(dtype, self.geometry)
         self._launch(
             stream, kernel, targets.size, _flat(logits), targets, losses, _flat(dlogits), V
         )
-        mean = self._kernels.mean_kernel(dtype, self.geometry)
-        self._launch(stream, mean, 1, losses, _flat(loss))
-        return out
+        return losses
+
+    def _mean(self, stream: Any, losses: Array, loss: Array) -> None:
+        kernel = self._kernels.mean_kernel(np.dtype(losses.dtype), self.geometry)
+        self._launch(stream, kernel, 1, losses, _flat(loss))
 
     def _set_rates(self, stream: Any, lr: float, max_norm: float) -> Array:
         rates = self._scratch(stream, "rates", 2, np.float64)
@@ -459,17 +528,14 @@ class NumbaCudaBackend(Backend):
         self._launch(stream, kernel, 1, rates, float(lr), float(max_norm))
         return rates
 
-    def _norm(self, stream: Any, grads: Sequence[Array], rates: Array, out: Array) -> Array:
-        """The norm into ``out``; the factor to scale by, on the device."""
+    def _sum_squares(self, stream: Any, grads: Sequence[Array]) -> Array:
+        """Sums of squares, in parts."""
         dtype, blocks = np.dtype(grads[0].dtype), self.geometry.partial_blocks
         partial = self._scratch(stream, "sums of squares", blocks * len(grads), np.float64)
-        scale = self._scratch(stream, "scale", 1, dtype)
         kernel = self._kernels.sum_squares_kernel(dtype, self.geometry)
         for i, g in enumerate(grads):
             self._launch(stream, kernel, blocks, _flat(g), partial, i * blocks)
-        norm = self._kernels.norm_kernel(dtype, self.geometry)
-        self._launch(stream, norm, 1, partial, rates, _flat(out), scale)
-        return scale
+        return partial
 
     def clip_by_global_norm(
         self, grads: Sequence[Array], max_norm: float, out: Array | None = None
@@ -479,7 +545,9 @@ class NumbaCudaBackend(Backend):
         if out is None:
             out = self._result(stream, (), dtype)
         rates = self._set_rates(stream, 0.0, max_norm)
-        scale = self._norm(stream, grads, rates, self.wrap(out))
+        partial, scale = self._sum_squares(stream, grads), self._scratch(stream, "scale", 1, dtype)
+        norm = self._kernels.norm_kernel(dtype, self.geometry)
+        self._launch(stream, norm, 1, partial, rates, _flat(self.wrap(out)), scale)
         kernel = self._kernels.scale_kernel(dtype, self.geometry)
         for g in grads:
             self._map(stream, kernel, g.size, _flat(g), scale)
@@ -488,29 +556,17 @@ class NumbaCudaBackend(Backend):
     def sgd(self, params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
         params, grads = [self.wrap(p) for p in params], [self.wrap(g) for g in grads]
         stream, dtype = self._stream(params[0]), np.dtype(params[0].dtype)
-        rates = self._set_rates(stream, lr, 0.0)
-        self._sgd(stream, params, grads, rates, self._constant("one", 1, dtype))
-
-    def _sgd(
-        self,
-        stream: Any,
-        params: Sequence[Array],
-        grads: Sequence[Array],
-        rates: Array,
-        scale: Array,
-    ) -> None:
-        kernel = self._kernels.sgd_kernel(np.dtype(params[0].dtype), self.geometry)
+        rates, one = self._set_rates(stream, lr, 0.0), self._constant("one", 1, dtype)
+        kernel = self._kernels.sgd_kernel(dtype, self.geometry)
         for p, g in zip(params, grads, strict=True):
-            self._map(stream, kernel, p.size, _flat(p), _flat(g), rates, scale)
+            self._map(stream, kernel, p.size, _flat(p), _flat(g), rates, one)
 
     def record(self, loss: Array, norm: Array, totals: Array) -> None:
-        stream = self._stream(self.wrap(totals))
-        self._record(loss, norm, totals, self._scratch(stream, "unread cursor", 1, np.int32))
-
-    def _record(self, loss: Array, norm: Array, totals: Array, cursor: Array) -> None:
         loss, norm, totals = (self.wrap(a) for a in (loss, norm, totals))
+        stream = self._stream(totals)
+        unread = self._scratch(stream, "unread cursor", 1, np.int32)
         kernel = self._kernels.record_kernel(np.dtype(loss.dtype), self.geometry)
-        self._launch(self._stream(totals), kernel, 1, _flat(loss), _flat(norm), totals, cursor)
+        self._launch(stream, kernel, 1, _flat(loss), _flat(norm), totals, unread)
 
     def _result(self, stream: Any, shape: tuple[int, ...], dtype: Any) -> Array:
         return self._cuda.device_array(shape, dtype, stream=stream)
@@ -525,21 +581,57 @@ class NumbaCudaBackend(Backend):
     def _submit(
         self, ws: Workspace, starts: Array, cursor: Array, moved: Array, rates: Array, carry: bool
     ) -> None:
-        """One step on row ``cursor`` of ``starts``; clipping and step share one pass."""
-        p, g = ws.params, ws.grads
-        self._window(ws.tokens, starts, cursor, (ws.x, ws.y))
-        self.gather(p["W_xh"], ws.x, p["b_h"], out=ws.z)
-        self.recurrence(ws.z, p["W_hh"], ws.h0, out=ws.h)
-        self.project(ws.h, p["W_hq"], p["b_q"], out=ws.logits)
-        self.cross_entropy(ws.logits, ws.y, out=(ws.loss, ws.logits))
-        self.project_backward(ws.logits, ws.h, p["W_hq"], out=(ws.dh, g["W_hq"], g["b_q"]))
-        self.recurrence_backward(ws.dh, ws.h, p["W_hh"], ws.h0, out=(ws.dz, g["W_hh"], ws.dh0))
-        self.gather_backward(ws.dz, ws.x, ws.dims.V, out=(g["W_xh"], g["b_h"]))
-        scale = self._norm(self.stream, [ws.flat_grads], rates, ws.norm)
-        self._sgd(self.stream, [ws.flat_params], [ws.flat_grads], rates, scale)
-        self._record(ws.loss, ws.norm, ws.totals, moved)
-        if carry:
-            self.put(ws.h[-1], out=ws.h0)
+        """One step on row ``cursor`` of ``starts``, in three streams that begin and end as one.
+
+        ``main`` holds what the next kernel waits for. A recurrence leaves most multiprocessors
+        idle: what can wait runs beside it. The blocks of a recurrence take whole multiprocessors,
+        so beside BPTT the small kernels come first and leave it time to be placed.
+        """
+        p, g, (T, B, H, V) = ws.params, ws.grads, (ws.dims.T, ws.dims.B, ws.dims.H, ws.dims.V)
+        main, (side, other) = self.stream, self._sides
+
+        self._order(main, side, "begin")
+        self._window(side, ws.tokens, starts, cursor, ws.x, ws.y)
+        if self.geometry.fits(H):
+            inputs = p["W_xh"], p["b_h"], ws.tokens, starts, cursor
+            self._one_block_a_row(main, True, *inputs, p["W_hh"], ws.h0, ws.h)
+        else:
+            self._order(side, main, "window")
+            self._gather(main, p["W_xh"], ws.x, p["b_h"], ws.z)
+            self._recurrence(main, ws.z, p["W_hh"], ws.h0, ws.h)
+        order, bounds = self._rank(side, ws.x, V)
+        Wt = self._turned(side, p["W_hh"])
+
+        self._gemm(main, ws.h, p["W_hq"], _flat(ws.logits), T * B, V, H, bias=p["b_q"])
+        self._order(side, main, "rank")
+        losses = self._cross_entropy(main, ws.logits, ws.y, ws.logits)
+        self._gemm(main, ws.logits, p["W_hq"], _flat(ws.dh), T * B, H, V, trans_b=True)
+
+        self._order(main, side, "dh")
+        self._bptt(main, ws.dh, ws.h, p["W_hh"], Wt, ws.dz, ws.dh0)
+        self._column_sum(side, ws.logits, g["b_q"])
+        self._mean(side, losses, ws.loss)
+        self._gemm(side, ws.h, ws.logits, _flat(g["W_hq"]), H, V, T * B, trans_a=True)
+
+        self._order(main, other, "dz")
+        self._weight_gradient(main, ws.h, ws.h0, ws.dz, g["W_hh"])
+        self._sum_by_token(other, ws.dz, order, bounds, g["W_xh"])
+        self._column_sum(other, ws.dz, g["b_h"])
+        self._order(side, main, "dW_hq")
+        self._order(other, main, "dW_xh")
+        self._update(ws, rates, moved, carry)
+
+    def _update(self, ws: Workspace, rates: Array, moved: Array, carry: bool) -> None:
+        """Norm, clipping, step, totals and the state to carry."""
+        stream, dtype, last = self.stream, ws.dims.dtype, _rows(ws.h)[-1]
+        partial = self._sum_squares(stream, [ws.flat_grads])
+        kernel = self._kernels.update_kernel(dtype, self.geometry)
+        blocks = min(_ceil(ws.flat_params.size, kernel.threads), 8 * self._multiprocessors)
+        self._launch(
+            stream, kernel, blocks, ws.flat_params, ws.flat_grads, partial, rates,
+            _flat(ws.loss), _flat(ws.norm), ws.totals, moved,
+            last, _flat(ws.h0), ws.h0.size if carry else 0,
+        )  # fmt: skip
 
     def run_steps(
         self, ws: Workspace, starts: HostArray, lr: float, max_norm: float, carry: bool
@@ -564,7 +656,7 @@ class NumbaCudaBackend(Backend):
         self.put(np.zeros(1, np.int32), out=plan.cursor)
         rates = self._set_rates(self.stream, lr, max_norm)
         for _ in range(len(starts)):
-            if self.simulated or carry not in plan.warm:
+            if not self._captures or carry not in plan.warm:
                 self._submit(ws, plan.starts, plan.cursor, plan.cursor, rates, carry)
                 plan.warm.add(carry)
                 continue

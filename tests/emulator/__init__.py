@@ -8,6 +8,7 @@ same in a process of its own under AddressSanitizer or ThreadSanitizer.
 from tests.emulator.build import BuildError, emulator_unavailable
 from tests.emulator.memory import guarded, guarded_empty
 from tests.emulator.module import Emulator, EmulatorError, Module, Order, Statistics
+from tests.emulator.require import require_emulator
 from tests.emulator.sanitize import SanitizerError, run_sanitized
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "emulator_unavailable",
     "guarded",
     "guarded_empty",
+    "require_emulator",
     "run_sanitized",
 ]

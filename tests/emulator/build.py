@@ -22,7 +22,8 @@ KERNELS = HERE.parents[1] / "kernels"
 Sanitizer = Literal["address", "thread"]
 Defines = Mapping[str, str | int]
 
-BASE_FLAGS = ("-std=c++20", "-O2", "-g", "-fPIC", "-march=native", "-fno-math-errno")
+# Version 4: addr2line names the wrong file for the first function of a version 5 line table.
+BASE_FLAGS = ("-std=c++20", "-O2", "-gdwarf-4", "-fPIC", "-march=native", "-fno-math-errno")
 # A tail call would hide the kernel's line from the messages.
 KERNEL_FLAGS = (*BASE_FLAGS, "-fno-optimize-sibling-calls")
 WARNING_FLAGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused", "-Wno-sign-compare")
@@ -169,7 +170,7 @@ def scan_kernels(preprocessed: str) -> list[KernelText]:
     for start, token in enumerate(tokens):
         if token != "__global__":
             continue
-        window = tokens[max(0, start - 12) : start]
+        window = tokens[max(0, start - 60) : start]
         # Back to the end of the previous declaration: templates have no launchable name.
         for index in range(len(window) - 1, -1, -1):
             if window[index] in (";", "}"):

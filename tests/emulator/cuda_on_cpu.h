@@ -33,5 +33,6 @@
 #define __builtin_assume_aligned(p, n) (p)
 
 // A __shared__ array is a thread-local one whose address the module asks of __tls_get_addr. The module brings its own
-// __tls_get_addr (register.h), which answers with the running block's copy.
-#define __shared__ static thread_local __attribute__((tls_model("global-dynamic")))
+// __tls_get_addr (register.h), which answers with the running block's copy. `used`: the compiler must not conclude that an
+// array nobody writes is full of zeros.
+#define __shared__ static thread_local __attribute__((tls_model("global-dynamic"), used))

@@ -6,6 +6,7 @@ import bisect
 import ctypes
 import mmap
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,48 @@ def guarded_empty(shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -
     memory, _ = _allocate(count * kind.itemsize)
     np.frombuffer(memory, np.uint32)[:] = POISON
     return np.frombuffer(memory, kind, count).reshape(shape)
+
+
+class Allocations:
+    """The memory under some arrays, every stretch once, so that views of one array stay that."""
+
+    def __init__(self, arrays: Iterable[NDArray[Any]]) -> None:
+        self.spans: list[tuple[int, int]] = []
+        for low, high in sorted(_span(a) for a in arrays):
+            if self.spans and low < self.spans[-1][1]:
+                self.spans[-1] = self.spans[-1][0], max(high, self.spans[-1][1])
+            elif (low, high) not in self.spans[-1:]:
+                self.spans.append((low, high))
+
+    def place(self, array: NDArray[Any]) -> tuple[int, int]:
+        """The number of the stretch that holds an array, and the array's offset in it."""
+        low, _ = _span(array)
+        number = bisect.bisect_right(self.spans, low, key=lambda span: span[0]) - 1
+        return number, _address(array) - self.spans[number][0]
+
+    def bytes(self, number: int) -> NDArray[np.uint8]:
+        """A stretch as bytes; writing them writes the arrays."""
+        low, high = self.spans[number]
+        memory: Any = (ctypes.c_ubyte * (high - low)).from_address(low)
+        return np.frombuffer(memory, np.uint8)
+
+
+def _address(array: NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _span(array: NDArray[Any]) -> tuple[int, int]:
+    """First byte and end of the allocation of which an array is a view."""
+    owner = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    low = high = _address(owner)
+    if owner.size:
+        for extent, stride in zip(owner.shape, owner.strides, strict=True):
+            low += min(0, (extent - 1) * stride)
+            high += max(0, (extent - 1) * stride)
+        high += owner.itemsize
+    return low, high
 
 
 def guarded(array: NDArray[Any]) -> NDArray[Any]:

@@ -20,7 +20,7 @@ from tests.emulator.build import (
     name_lines,
     runtime_library,
 )
-from tests.emulator.memory import guarded_empty, is_guarded
+from tests.emulator.memory import Allocations, guarded_empty, is_guarded
 
 Order = Literal["forward", "reverse", "eager"] | int
 Dimensions = int | tuple[int, ...]
@@ -147,6 +147,8 @@ class Geometry:
             raise ValueError(
                 f"{name}: cluster={cluster}, but __cluster_dims__ says {entry.cluster}"
             )
+        if block3[2] > 64 or max(grid3[1:]) > 65_535:
+            raise ValueError(f"{name}: at most 64 threads along z, and 65,535 blocks along y and z")
         size = entry.cluster or cluster or 1
         if not 1 <= size <= MAX_CLUSTER or grid3[0] % size:
             raise ValueError(f"{name}: clusters of {size} do not divide a grid of {grid3}")
@@ -212,33 +214,30 @@ def _fit(where: str, parameter: Parameter, arg: Any) -> Any:
 class _Memory:
     """The arrays of one launch, each whole allocation copied once into guarded memory."""
 
-    def __init__(self, guard: bool) -> None:
+    def __init__(self, arrays: Sequence[NDArray[Any]], guard: bool) -> None:
         self._guard = guard
-        self._copies: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+        self._allocations = Allocations(a for a in arrays if not self._in_place(a))
+        self._copies: dict[int, NDArray[Any]] = {}
         self._written: set[int] = set()
 
+    def _in_place(self, array: NDArray[Any]) -> bool:
+        return not self._guard or is_guarded(array.ctypes.data)
+
     def address(self, array: NDArray[Any], written: bool) -> int:
-        at = array.__array_interface__["data"][0]
-        if not self._guard or is_guarded(at) or array.size == 0:
-            return int(at)
-        owner = array
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
-        low, high = np.lib.array_utils.byte_bounds(owner)
-        if low not in self._copies:
-            original = np.frombuffer((ctypes.c_ubyte * (high - low)).from_address(low), np.uint8)
-            copy = guarded_empty(high - low, np.uint8)
-            copy[:] = original
-            self._copies[low] = original, copy
+        if self._in_place(array):
+            return array.ctypes.data
+        number, offset = self._allocations.place(array)
+        if number not in self._copies:
+            original = self._allocations.bytes(number)
+            self._copies[number] = guarded_empty(original.size, np.uint8)
+            self._copies[number][:] = original
         if written:
-            self._written.add(low)
-        copied_at = self._copies[low][1].__array_interface__["data"][0]
-        return int(copied_at + at - low)
+            self._written.add(number)
+        return self._copies[number].ctypes.data + offset
 
     def copy_back(self) -> None:
-        for low in self._written:
-            original, copy = self._copies[low]
-            original[:] = copy
+        for number in self._written:
+            self._allocations.bytes(number)[:] = self._copies[number]
 
 
 class Module:
@@ -253,7 +252,7 @@ class Module:
         table = (KernelEntry * count).in_dll(self._loaded, "emulator_kernels")
         self._kernels = {entry.name.decode(): entry for entry in table}
         self._variables = (SharedVariableEntry * len(library.variables))(
-            *((v.offset, v.size) for v in library.variables)
+            *(SharedVariableEntry(v.offset, v.size) for v in library.variables)
         )
 
     @property
@@ -303,7 +302,7 @@ class Module:
         geometry = Geometry.of(
             kernel, entry, self.static_shared_bytes, grid, block, shared_bytes, cluster
         )
-        memory = _Memory(guard)
+        memory = _Memory([c.value for c in checked if c.is_array], guard)
         holders = [self._holder(c, memory) for c in checked]
         pointers = (ctypes.c_void_p * (len(holders) + 1))(*(ctypes.addressof(h) for h in holders))
         code, seed = (ORDERS[order], 0) if isinstance(order, str) else (SHUFFLED, int(order))

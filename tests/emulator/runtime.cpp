@@ -41,6 +41,8 @@ WEAK void* __tsan_get_current_fiber();
 WEAK void* __tsan_create_fiber(unsigned flags);
 WEAK void __tsan_destroy_fiber(void* fiber);
 WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+WEAK void __tsan_func_entry(void* return_address);
+WEAK void __tsan_func_exit();
 WEAK void __tsan_acquire(void* address);
 WEAK void __tsan_release(void* address);
 WEAK void __tsan_read_range(void* address, unsigned long bytes);
@@ -64,17 +66,26 @@ void release(void* cookie) { if (under_tsan()) __tsan_release(cookie); }
 void acquire(void* cookie) { if (under_tsan()) __tsan_acquire(cookie); }
 
 // memcpy that ThreadSanitizer does not intercept: these bytes are the emulator's own.
+struct __attribute__((packed, may_alias)) Word4 { uint32_t v; };
+struct __attribute__((packed, may_alias)) Word8 { uint64_t v; };
 __attribute__((always_inline)) inline void copy_bytes(void* to, const void* from, unsigned bytes) {
   auto* t = static_cast<volatile unsigned char*>(to);
   auto* f = static_cast<const unsigned char*>(from);
-  if (bytes == 4) { *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from); return; }
-  if (bytes == 8) { *static_cast<uint64_t*>(to) = *static_cast<const uint64_t*>(from); return; }
-  for (unsigned i = 0; i < bytes; ++i) t[i] = f[i];
+  unsigned i = 0;
+  for (; i + 8 <= bytes; i += 8)
+    reinterpret_cast<volatile Word8*>(t + i)->v = reinterpret_cast<const Word8*>(f + i)->v;
+  if (i + 4 <= bytes) {
+    reinterpret_cast<volatile Word4*>(t + i)->v = reinterpret_cast<const Word4*>(f + i)->v;
+    i += 4;
+  }
+  for (; i < bytes; ++i) t[i] = f[i];
 }
 
 void poison(void* memory, size_t bytes) {
   auto* p = static_cast<unsigned char*>(memory);
-  for (size_t i = 0; i < bytes; ++i) p[i] = reinterpret_cast<const unsigned char*>(&poison_word)[i % 4];
+  size_t i = 0;
+  for (; i + 4 <= bytes; i += 4) reinterpret_cast<Word4*>(p + i)->v = poison_word;
+  for (; i < bytes; ++i) p[i] = reinterpret_cast<const unsigned char*>(&poison_word)[i % 4];
 }
 
 // ---------------------------------------------------------------------------------------------- switching stacks
@@ -121,7 +132,8 @@ void switch_context(Context& from, Context& to, bool from_ends = false) {
 }
 
 // Stacks come in slabs, one for the threads of a block, kept for the next block. The stride is not a power of two: equal
-// addresses modulo 64 KB would share one cache set.
+// addresses modulo 64 KB would share one cache set. A page that nobody may touch lies below the slab; between the stacks of
+// a slab lies a canary, which is looked at when its thread ends.
 class StackPool {
  public:
   unsigned char* take(size_t bytes) {
@@ -130,22 +142,69 @@ class StackPool {
       auto& list = free_[bytes];
       if (!list.empty()) { auto* p = list.back(); list.pop_back(); return p; }
     }
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) { perror("emulator: stacks"); abort(); }
-    return static_cast<unsigned char*>(p);
+    void* p = mmap(nullptr, page + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, page, PROT_NONE)) { perror("emulator: stacks"); abort(); }
+    return static_cast<unsigned char*>(p) + page;
   }
   void give(unsigned char* slab, size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto& list = free_[bytes];
-    if (list.size() < 64) list.push_back(slab); else munmap(slab, bytes);
+    if (list.size() < 64) list.push_back(slab); else munmap(slab - page, page + bytes);
   }
 
  private:
   std::mutex mutex_;
+  static constexpr size_t page = 4096;
   std::map<size_t, std::vector<unsigned char*>> free_;
 };
 StackPool stack_pool;
 constexpr uint64_t canary = 0x5afe57ac5afe57acull;
+
+// Shared memory, poisoned, before a page that nobody may touch. The sanitizers watch the exact end of a heap block.
+class SharedPool {
+ public:
+  unsigned char* take(size_t bytes) {
+    void* p = nullptr;
+    if (under_asan() || under_tsan()) {
+      if (posix_memalign(&p, alignment, std::max<size_t>(bytes, 1))) abort();
+    } else {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        auto& list = free_[bytes];
+        if (!list.empty()) { p = list.back(); list.pop_back(); }
+      }
+      if (!p) p = map(bytes);
+    }
+    poison(p, bytes);
+    return static_cast<unsigned char*>(p);
+  }
+  void give(unsigned char* p, size_t bytes) {
+    if (under_asan() || under_tsan()) return free(p);
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& list = free_[bytes];
+    if (list.size() < 512) list.push_back(p);
+    else munmap(p - (pages(bytes) - padded(bytes)) - page, pages(bytes) + 2 * page);
+  }
+  static bool past_end(const unsigned char* p, size_t bytes, uintptr_t address) {
+    const auto end = reinterpret_cast<uintptr_t>(p) + padded(bytes);
+    return address >= end && address < end + page;
+  }
+
+ private:
+  static constexpr size_t page = 4096, alignment = 128;
+  static size_t padded(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+  static size_t pages(size_t bytes) { return (padded(bytes) + page - 1) / page * page; }
+  static void* map(size_t bytes) {
+    void* p = mmap(nullptr, pages(bytes) + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) { perror("emulator: shared memory"); abort(); }
+    auto* first = static_cast<unsigned char*>(p) + page;
+    if (bytes && mprotect(first, pages(bytes), PROT_READ | PROT_WRITE)) { perror("emulator: shared memory"); abort(); }
+    return first + (pages(bytes) - padded(bytes));
+  }
+  std::mutex mutex_;
+  std::map<size_t, std::vector<unsigned char*>> free_;
+};
+SharedPool shared_pool;
 
 // ------------------------------------------------------------------------------------------------------ the machine
 struct Block;
@@ -160,6 +219,7 @@ struct Fiber : Thread, Context {
   const char* waits_for = nullptr;   // what the thread sleeps in, null while it runs or is ready
   unsigned waits_id = 0;
   void* waits_pc = nullptr;
+  void* access_pc = nullptr;         // the kernel's place while the runtime touches memory on its behalf
   bool cluster_arrived = false;
   uint64_t cluster_generation = 0;
   std::vector<Copy> open_copies;                  // cp.async since the last commit
@@ -172,7 +232,7 @@ struct Collective {
   unsigned mask = 0, arrived = 0, parity = 0;
   unsigned reading = 0;   // lanes of the last rendezvous that have not yet returned from it
   const char* operation = nullptr;
-  alignas(16) unsigned char slot[2][32][32];
+  alignas(32) LaneSlot slot[2][32];
   unsigned present[2] = {0, 0};
   char cookie[2] = {0, 0};
 };
@@ -216,8 +276,10 @@ struct Block {
   unsigned char* stacks = nullptr;
 };
 
-struct Store {                        // an st.async in flight
+struct Store {                        // an st.async or a cp.async.bulk in flight
+  Block* block;
   void* to;
+  const void* from;                   // null: `value`
   unsigned char value[16];
   unsigned bytes;
   uint64_t* mbarrier;
@@ -485,13 +547,6 @@ extern "C" void emulator_fiber_main() {
 // -------------------------------------------------------------------------------------------------- memory of a block
 size_t stack_stride(const Launch* l) { return l->stack_bytes + 17 * 64; }
 
-unsigned char* allocate_shared(size_t bytes) {
-  void* p = nullptr;
-  if (posix_memalign(&p, 128, std::max<size_t>(bytes, 1))) abort();
-  if (bytes) poison(p, bytes);
-  return static_cast<unsigned char*>(p);
-}
-
 void open_block(Group* g, Block* b, unsigned number, unsigned position) {
   const Launch* l = g->launch;
   const unsigned threads = l->block[0] * l->block[1] * l->block[2];
@@ -500,10 +555,10 @@ void open_block(Group* g, Block* b, unsigned number, unsigned position) {
   b->rank = number % l->cluster;   // clusters lie along x
   b->cluster_first = position - position % l->cluster;
   b->cluster = g->clusters[position / l->cluster].get();
-  b->static_shared = allocate_shared(l->static_bytes);
-  b->dynamic_shared = allocate_shared(l->dynamic_bytes);
+  b->static_shared = shared_pool.take(l->static_bytes);
+  b->dynamic_shared = shared_pool.take(l->dynamic_bytes);
   if (under_asan())
-    for (unsigned i = 0; i < l->variable_count; ++i) b->variables.push_back(allocate_shared(l->variables[i].bytes));
+    for (unsigned i = 0; i < l->variable_count; ++i) b->variables.push_back(shared_pool.take(l->variables[i].bytes));
   b->warps.resize((threads + 31) / 32);
   b->fibers = std::vector<Fiber>(threads);
   const size_t stride = stack_stride(l);
@@ -537,9 +592,9 @@ void open_block(Group* g, Block* b, unsigned number, unsigned position) {
 void close_block(Group* g, Block* b) {
   if (under_tsan()) for (auto& f : b->fibers) __tsan_destroy_fiber(f.tsan);
   stack_pool.give(b->stacks, stack_stride(g->launch) * b->fibers.size());
-  free(b->static_shared);
-  free(b->dynamic_shared);
-  for (auto* v : b->variables) free(v);
+  shared_pool.give(b->static_shared, g->launch->static_bytes);
+  shared_pool.give(b->dynamic_shared, g->launch->dynamic_bytes);
+  for (unsigned i = 0; i < b->variables.size(); ++i) shared_pool.give(b->variables[i], g->launch->variables[i].bytes);
 }
 
 void run_group(Run* run, unsigned number) {
@@ -595,6 +650,11 @@ void run_group(Run* run, unsigned number) {
     if (signal_address && signal_address + 4096 > reinterpret_cast<uintptr_t>(bottom) &&
         signal_address < reinterpret_cast<uintptr_t>(bottom) + 4096)
       what += " (stack overflow)";
+    for (const bool dynamic : {false, true}) {
+      const size_t bytes = dynamic ? active->launch->dynamic_bytes : active->launch->static_bytes;
+      if (SharedPool::past_end(dynamic ? f->dynamic_shared : f->static_shared, bytes, signal_address))
+        what += format(" (past the %zu bytes of %s shared memory)", bytes, dynamic ? "dynamic" : "static");
+    }
   } else if (signal_number == SIGFPE) {
     what = "integer division by zero";
   } else if (signal_number == SIGILL) {
@@ -602,7 +662,10 @@ void run_group(Run* run, unsigned number) {
   } else {
     what = format("time-out: the thread ran for %.1f s without waiting for another", active->launch->timeout);
   }
-  stop(name_thread(f) + ": " + what + at_code(signal_pc));
+  const auto pc = reinterpret_cast<uintptr_t>(signal_pc);
+  const Run* run = active->run;
+  const bool in_kernel = pc >= run->code_begin && pc < run->code_end;
+  stop(name_thread(f) + ": " + what + at_code(in_kernel || !f->access_pc ? signal_pc : f->access_pc));
 }
 
 struct sigaction previous[65];
@@ -825,6 +888,13 @@ unsigned warp_exchange(unsigned mask, const char* operation, const void* value, 
   return c.present[parity];
 }
 
+const LaneSlot* warp_deposit(unsigned mask, const char* operation, const void* value, unsigned bytes, unsigned* lanes) {
+  unsigned parity;
+  Collective& c = meet(self(), mask, operation, value, bytes, parity, CALLER);
+  *lanes = c.present[parity];
+  return c.slot[parity];
+}
+
 void warp_shuffle(unsigned mask, const char* operation, const void* value, unsigned bytes, unsigned source, void* result) {
   unsigned parity;
   Collective& c = meet(self(), mask, operation, value, bytes, parity, CALLER);
@@ -841,29 +911,6 @@ unsigned warp_live_lanes() { return self()->home->warps[self()->linear / 32].liv
 
 unsigned cluster_rank() { return self()->home->rank; }
 unsigned cluster_size() { return active->launch->cluster; }
-
-void cluster_arrive() {
-  Fiber* f = self();
-  Rendezvous& r = *f->home->cluster;
-  if (f->cluster_arrived) stop(name_thread(f) + ": arrives twice at the cluster barrier without a wait" + at_code(CALLER));
-  f->cluster_arrived = true;
-  f->cluster_generation = r.generation;
-  release(&r.cookie[r.generation & 1]);
-  ++r.arrived;
-  check_rendezvous(f->home->group, r);
-}
-
-void cluster_wait() {
-  Fiber* f = self();
-  Rendezvous& r = *f->home->cluster;
-  if (!f->cluster_arrived) stop(name_thread(f) + ": waits for the cluster barrier without arriving" + at_code(CALLER));
-  if (r.generation == f->cluster_generation) {
-    r.waiting.push_back(f);
-    sleep_in(f, "cluster barrier", 0, CALLER);
-  }
-  f->cluster_arrived = false;
-  acquire(&r.cookie[f->cluster_generation & 1]);
-}
 
 namespace {
 
@@ -891,6 +938,39 @@ Block* owner(const void* p, unsigned& variable, size_t& offset) {
 
 }  // namespace
 
+void shared_row(const void* shared, const char* operation) {
+  Fiber* f = self();
+  unsigned variable;
+  size_t offset;
+  if (owner(shared, variable, offset) != f->home || owner(static_cast<const char*>(shared) + 15, variable, offset) != f->home)
+    stop(name_thread(f) + format(": %s of a row outside the block's shared memory", operation) + at_code(CALLER));
+  if (reinterpret_cast<uintptr_t>(shared) % 16)
+    stop(name_thread(f) + format(": %s of a row that is not aligned to 16 bytes", operation) + at_code(CALLER));
+}
+
+void cluster_arrive() {
+  Fiber* f = self();
+  Rendezvous& r = *f->home->cluster;
+  if (f->cluster_arrived) stop(name_thread(f) + ": arrives twice at the cluster barrier without a wait" + at_code(CALLER));
+  f->cluster_arrived = true;
+  f->cluster_generation = r.generation;
+  release(&r.cookie[r.generation & 1]);
+  ++r.arrived;
+  check_rendezvous(f->home->group, r);
+}
+
+void cluster_wait() {
+  Fiber* f = self();
+  Rendezvous& r = *f->home->cluster;
+  if (!f->cluster_arrived) stop(name_thread(f) + ": waits for the cluster barrier without arriving" + at_code(CALLER));
+  if (r.generation == f->cluster_generation) {
+    r.waiting.push_back(f);
+    sleep_in(f, "cluster barrier", 0, CALLER);
+  }
+  f->cluster_arrived = false;
+  acquire(&r.cookie[f->cluster_generation & 1]);
+}
+
 void* cluster_map(const void* shared, unsigned rank) {
   Fiber* f = self();
   if (rank >= active->launch->cluster)
@@ -903,6 +983,17 @@ void* cluster_map(const void* shared, unsigned rank) {
   if (variable == ~0u) return b->dynamic_shared + offset;
   if (variable == ~1u) return b->static_shared + offset;
   return b->variables[variable] + offset;
+}
+
+void cluster_access(const void* shared, unsigned bytes) {
+  Fiber* f = self();
+  unsigned variable;
+  size_t offset;
+  Block* b = owner(shared, variable, offset);
+  if (!b) stop(name_thread(f) + ": access to the cluster outside shared memory" + at_code(CALLER));
+  if (!b->live) stop(name_thread(f) + ": access to shared memory of a block that has exited" + at_code(CALLER));
+  if (reinterpret_cast<uintptr_t>(shared) % bytes)
+    stop(name_thread(f) + ": access to the cluster at a misaligned address" + at_code(CALLER));
 }
 
 void grid_barrier() {
@@ -921,6 +1012,44 @@ void grid_barrier() {
   acquire(&r.cookie[generation & 1]);
 }
 
+namespace {
+
+// Reads the ends of a copy's source now, so that a report of a wrong address shows this call.
+void probe(Fiber* f, const void* global, unsigned bytes, void* pc) {
+  if (!bytes) return;
+  auto* p = static_cast<const volatile unsigned char*>(global);
+  f->access_pc = pc;
+  (void)p[0];
+  (void)p[bytes - 1];
+  f->access_pc = nullptr;
+  if (!under_asan()) return;
+  for (unsigned i = 0; i < bytes; ++i)
+    if (__asan_address_is_poisoned(p + i)) stop(name_thread(f) + ": asynchronous copy reads out of bounds" + at_code(pc));
+}
+
+// What an asynchronous write will fill is undefined until it has ended. To ThreadSanitizer somebody else does it, whom only
+// the mbarrier orders before others.
+void in_flight(Fiber* f, const Store& s, void* pc) {
+  if (under_tsan()) {
+    char token = 0;
+    release(&token);
+    void* engine = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(engine, 1);
+    acquire(&token);
+    __tsan_func_entry(static_cast<char*>(pc) + 1);   // the report names the kernel's line
+    if (s.from) __tsan_read_range(const_cast<void*>(s.from), s.bytes);
+    __tsan_write_range(s.to, s.bytes);
+    __tsan_func_exit();
+    release(s.mbarrier);
+    __tsan_switch_to_fiber(f->tsan, 1);
+    __tsan_destroy_fiber(engine);
+  }
+  poison(s.to, s.bytes);
+  active->stores.push_back(s);
+}
+
+}  // namespace
+
 void async_copy(void* shared, const void* global, unsigned bytes, unsigned source_bytes) {
   Fiber* f = self();
   const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
@@ -929,14 +1058,15 @@ void async_copy(void* shared, const void* global, unsigned bytes, unsigned sourc
   if (bits % bytes) stop(name_thread(f) + format(": cp.async of %u bytes at a misaligned address", bytes) + at_code(CALLER));
   unsigned variable;
   size_t offset;
-  if (!owner(shared, variable, offset)) stop(name_thread(f) + ": cp.async to an address outside shared memory" + at_code(CALLER));
-  if (under_asan() && source_bytes) {   // read now, so that the report shows this call
-    volatile unsigned char first = *static_cast<const unsigned char*>(global);
-    (void)first;
-    for (unsigned i = 0; i < source_bytes; ++i)
-      if (__asan_address_is_poisoned(static_cast<const unsigned char*>(global) + i))
-        stop(name_thread(f) + ": cp.async reads out of bounds" + at_code(CALLER));
+  if (owner(shared, variable, offset) != f->home ||
+      owner(static_cast<char*>(shared) + bytes - 1, variable, offset) != f->home)
+    stop(name_thread(f) + ": cp.async to an address outside the block's shared memory" + at_code(CALLER));
+  probe(f, global, source_bytes, CALLER);
+  if (under_tsan()) {   // it may happen at once, or at the wait
+    __tsan_read_range(const_cast<void*>(global), source_bytes);
+    __tsan_write_range(shared, bytes);
   }
+  poison(shared, bytes);
   f->open_copies.push_back({shared, global, bytes, source_bytes});
 }
 
@@ -962,20 +1092,38 @@ void async_copy_wait(unsigned groups_left) {
   }
 }
 
-void async_store(void* shared, const void* value, unsigned bytes, uint64_t* mbarrier) {
-  Fiber* f = self();
+namespace {
+
+// The block that holds both ends of an asynchronous write: its destination and its mbarrier.
+Block* destination(Fiber* f, const char* operation, void* shared, unsigned bytes, uint64_t* mbarrier, void* pc) {
   unsigned variable;
   size_t offset;
   Block* b = owner(shared, variable, offset);
-  Block* same = owner(mbarrier, variable, offset);
-  if (!b || b != same) stop(name_thread(f) + ": st.async: data and mbarrier must lie in one block of the cluster" + at_code(CALLER));
-  if (!b->live) stop(name_thread(f) + ": st.async into a block that has exited" + at_code(CALLER));
+  if (!b || b != owner(static_cast<char*>(shared) + bytes - 1, variable, offset) || b != owner(mbarrier, variable, offset))
+    stop(name_thread(f) + format(": %s: data and mbarrier must lie in one block of the cluster", operation) + at_code(pc));
+  if (!b->live) stop(name_thread(f) + format(": %s into a block that has exited", operation) + at_code(pc));
+  return b;
+}
+
+}  // namespace
+
+void async_store(void* shared, const void* value, unsigned bytes, uint64_t* mbarrier) {
+  Fiber* f = self();
+  Store s{destination(f, "st.async", shared, bytes, mbarrier, CALLER), shared, nullptr, {}, bytes, mbarrier};
   if (reinterpret_cast<uintptr_t>(shared) % bytes) stop(name_thread(f) + ": st.async to a misaligned address" + at_code(CALLER));
-  if (under_tsan()) __tsan_write_range(shared, bytes);
-  release(mbarrier);
-  Store s{shared, {}, bytes, mbarrier};
   copy_bytes(s.value, value, bytes);
-  active->stores.push_back(s);
+  in_flight(f, s, CALLER);
+}
+
+void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier) {
+  Fiber* f = self();
+  const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes;
+  if (!bytes || bits % 16)
+    stop(name_thread(f) + format(": cp.async.bulk of %u bytes: size and addresses must be multiples of 16", bytes) +
+         at_code(CALLER));
+  Block* b = destination(f, "cp.async.bulk", shared, bytes, mbarrier, CALLER);
+  probe(f, global, bytes, CALLER);
+  in_flight(f, {b, shared, global, {}, bytes, mbarrier}, CALLER);
 }
 
 // An mbarrier's 64 bits. The top bit tells an initialised one from poison.
@@ -988,10 +1136,17 @@ struct MBarrier {
 };
 static_assert(sizeof(MBarrier) == 8);
 
-MBarrier load(uint64_t* p) {
+MBarrier load(uint64_t* p, void* pc) {
   MBarrier m;
   copy_bytes(&m, p, 8);
-  if (!m.valid) stop(name_thread(self()) + ": mbarrier used before its initialisation");
+  if (!m.valid) {
+    unsigned variable;
+    size_t offset;
+    Block* b = owner(p, variable, offset);
+    stop(name_thread(self()) + (!b ? ": mbarrier outside shared memory"
+                                : b->live ? ": mbarrier used before its initialisation"
+                                          : ": mbarrier of a block that has exited") + at_code(pc));
+  }
   return m;
 }
 
@@ -1005,10 +1160,12 @@ void save(uint64_t* p, MBarrier m) {
 }
 
 void deliver(Group* g, const Store& s) {
+  const char* operation = s.from ? "cp.async.bulk" : "st.async";
+  if (!s.block->live) return fail(g, format("%s arrives in a block that has exited", operation));
   MBarrier m;
   copy_bytes(&m, s.mbarrier, 8);
-  if (!m.valid) return fail(g, "st.async completes on an mbarrier that is not initialised");
-  copy_bytes(s.to, s.value, s.bytes);
+  if (!m.valid) return fail(g, format("%s completes on an mbarrier that is not initialised", operation));
+  copy_bytes(s.to, s.from ? s.from : s.value, s.bytes);
   m.bytes -= s.bytes;
   save(s.mbarrier, m);
 }
@@ -1023,21 +1180,21 @@ void mbarrier_init(uint64_t* barrier, unsigned count) {
 }
 
 void mbarrier_expect(uint64_t* barrier, unsigned bytes) {
-  MBarrier m = load(barrier);
+  MBarrier m = load(barrier, CALLER);
   m.bytes += static_cast<int>(bytes);
   save(barrier, m);
 }
 
 void mbarrier_arrive(uint64_t* barrier) {
   release(barrier);
-  MBarrier m = load(barrier);
+  MBarrier m = load(barrier, CALLER);
   if (m.pending == 0) stop(name_thread(self()) + ": more arrivals at an mbarrier than it counts" + at_code(CALLER));
   --m.pending;
   save(barrier, m);
 }
 
 bool mbarrier_test(uint64_t* barrier, unsigned parity) {
-  MBarrier m = load(barrier);
+  MBarrier m = load(barrier, CALLER);
   if (m.phase == (parity & 1)) return false;
   acquire(barrier);
   return true;

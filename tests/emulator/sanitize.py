@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import struct
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tests.emulator.build import Defines, Sanitizer, kernel_library, name_lines, runner_program
+from tests.emulator.memory import Allocations
 from tests.emulator.module import (
     ORDERS,
     SHUFFLED,
-    Checked,
     Dimensions,
     Emulator,
     EmulatorError,
@@ -38,28 +36,6 @@ OPTIONS = {
 
 class SanitizerError(EmulatorError):
     """A sanitizer complained; the text is its report."""
-
-
-class _Arrays:
-    """Whole allocations, so that two views of one array stay two views of one array."""
-
-    def __init__(self) -> None:
-        self.owners: dict[int, tuple[int, NDArray[np.uint8]]] = {}
-        self.written: set[int] = set()
-
-    def place(self, argument: Checked) -> tuple[int, int]:
-        """The number of an array's allocation and the array's offset in it."""
-        array = argument.value
-        owner = array
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
-        low, high = np.lib.array_utils.byte_bounds(owner)
-        if low not in self.owners:
-            raw = np.frombuffer((ctypes.c_ubyte * (high - low)).from_address(low), np.uint8)
-            self.owners[low] = len(self.owners), raw
-        if argument.writable:
-            self.written.add(low)
-        return self.owners[low][0], array.__array_interface__["data"][0] - low
 
 
 def run_sanitized(
@@ -94,12 +70,14 @@ def run_sanitized(
     if kind == "thread" and np.prod(geometry.grid) * np.prod(geometry.block) > 8000:
         raise ValueError("ThreadSanitizer follows at most 8,000 threads: launch fewer")
 
-    arrays = _Arrays()
+    arrays = Allocations(c.value for c in checked if c.is_array)
+    stretches = [arrays.bytes(number) for number in range(len(arrays.spans))]
+    written = {arrays.place(c.value)[0] for c in checked if c.writable}
     arguments = b""
     for argument in checked:
         number, raw = -1, bytes(8)
         if argument.is_array:
-            number, offset = arrays.place(argument)
+            number, offset = arrays.place(argument.value)
             raw = struct.pack("<Q", offset)
         elif argument.value is not None:
             value = argument.value
@@ -114,8 +92,8 @@ def run_sanitized(
         struct.pack("<4I", cooperative, code, seed, spin_limit),
         struct.pack("<I", len(library.variables)),
         *(struct.pack("<QQ", v.offset, v.size) for v in library.variables),
-        struct.pack("<I", len(arrays.owners)),
-        *(struct.pack("<Q", raw.size) + raw.tobytes() for _, raw in arrays.owners.values()),
+        struct.pack("<I", len(stretches)),
+        *(struct.pack("<Q", stretch.size) + stretch.tobytes() for stretch in stretches),
         struct.pack("<I", len(checked)),
         arguments,
     ]
@@ -140,14 +118,14 @@ def run_sanitized(
             )
         except subprocess.TimeoutExpired:
             raise EmulatorError(f"kernel {kernel}: no end after {timeout} s") from None
-        if done.returncode == 3:
+        if done.returncode == 3 and "Sanitizer" not in done.stderr:
             raise EmulatorError(name_lines(done.stderr.removeprefix("EMULATOR: ").strip()))
         if done.returncode:
             raise SanitizerError(f"kernel {kernel}, {kind} sanitizer:\n{done.stderr.strip()}")
-        raw_result = np.frombuffer(result_file.read_bytes(), np.uint8)
+        result = np.frombuffer(result_file.read_bytes(), np.uint8)
     position = 0
-    for low, (_, raw) in arrays.owners.items():
-        if low in arrays.written:
-            raw[:] = raw_result[position : position + raw.size]
-        position += raw.size
+    for number, stretch in enumerate(stretches):
+        if number in written:
+            stretch[:] = result[position : position + stretch.size]
+        position += stretch.size
     return done.stdout

@@ -44,6 +44,9 @@ void named_barrier(unsigned id, unsigned count, bool wait);              // bar.
 // ---- warp collectives. Every live lane of `mask` must call with the same mask and operation.
 // Deposits `bytes` (at most 32) of `value`; afterwards `all[lane]` holds what each lane gave. Returns the lanes present.
 unsigned warp_exchange(unsigned mask, const char* operation, const void* value, unsigned bytes, void* all);
+// The same without a copy: what each lane gave, until the caller's next collective.
+using LaneSlot = unsigned char[32];
+const LaneSlot* warp_deposit(unsigned mask, const char* operation, const void* value, unsigned bytes, unsigned* lanes);
 // The same for one source lane; `result` becomes poison when that lane is absent.
 void warp_shuffle(unsigned mask, const char* operation, const void* value, unsigned bytes, unsigned source,
                   void* result);
@@ -56,13 +59,18 @@ unsigned cluster_size();
 void cluster_arrive();
 void cluster_wait();
 void* cluster_map(const void* shared, unsigned rank);    // mapa: the same variable in another block of the cluster
+void cluster_access(const void* shared, unsigned bytes);  // a load or store there: its block must still run
 void grid_barrier();                                     // cooperative launches only
 
-// ---- asynchronous copies: nothing moves before somebody waits
+// ---- shared memory that a whole warp reads or writes at once: 16 bytes that lie in the caller's block
+void shared_row(const void* shared, const char* operation);
+
+// ---- asynchronous copies: what they write holds poison until they have ended, which is as late as it can be
 void async_copy(void* shared, const void* global, unsigned bytes, unsigned source_bytes);   // cp.async
 void async_copy_commit();
 void async_copy_wait(unsigned groups_left);
 void async_store(void* shared, const void* value, unsigned bytes, uint64_t* mbarrier);      // st.async
+void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* mbarrier);       // cp.async.bulk
 
 // ---- mbarrier: counts threads and bytes, and flips its phase when both are complete
 void mbarrier_init(uint64_t* barrier, unsigned count);

@@ -1,0 +1,304 @@
+"""A GPU through CuPy, as the :class:`~fastrnn.cuda.device.Device` that the launchers work on.
+
+Work goes to CuPy's current stream. Kernels are compiled by NVRTC when first launched and kept in
+CuPy's on-disk cache; a digest of ``kernels/`` is part of its key, because CuPy leaves included
+files out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrnn.backend import BackendUnavailableError
+from fastrnn.cuda.device import KERNELS, Arch, Array, Device, Graph, Kernel
+
+INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+"""Compute capabilities, times ten, that the launchers distinguish."""
+
+
+def load_cupy() -> Any:
+    """CuPy with a device that works.
+
+    Raises:
+        BackendUnavailableError: CuPy is missing or broken, there is no driver or it is too old, no
+            device, one that is too old, or no NVRTC; the message says which and what helps.
+    """
+    try:
+        cupy = importlib.import_module("cupy")
+        nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+    except Exception as error:  # CuPy raises what its broken libraries raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BackendUnavailableError(f"backend 'cupy' needs CuPy: {reason}; {INSTALL}") from error
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise BackendUnavailableError(_no_device(runtime, error)) from error
+    if count == 0:
+        raise BackendUnavailableError("backend 'cupy' needs an NVIDIA GPU: no CUDA device found")
+    device = cupy.cuda.Device()
+    capability = int(device.compute_capability)
+    if capability < min(CAPABILITIES):
+        raise BackendUnavailableError(
+            f"backend 'cupy' needs a GPU of compute capability {min(CAPABILITIES) / 10} or more, "
+            f"device {device.id} has {capability / 10}"
+        )
+    try:
+        version = ".".join(map(str, nvrtc.getVersion()))
+    except Exception as error:  # an ImportError, OSError or RuntimeError, by CuPy's version
+        raise BackendUnavailableError(
+            "backend 'cupy' compiles its kernels with NVRTC, which CuPy does not find: "
+            f"{' '.join(str(error).split())}; {INSTALL}"
+        ) from error
+    known = [int(arch) for arch in nvrtc.getSupportedArchs()]
+    if capability < min(known):
+        raise BackendUnavailableError(
+            f"backend 'cupy': NVRTC {version} compiles for compute capability "
+            f"{min(known) / 10} and later, device {device.id} has {capability / 10}; "
+            "install an older CUDA toolkit: pip install 'fastrnn[cuda12x]'"
+        )
+    try:
+        cupy.zeros(1, np.float32)
+        cupy.cuda.get_current_stream().synchronize()
+    except (runtime.CUDARuntimeError, cupy.cuda.memory.OutOfMemoryError) as error:
+        raise BackendUnavailableError(
+            f"backend 'cupy': device {device.id} does not work: {' '.join(str(error).split())}"
+        ) from error
+    return cupy
+
+
+def _no_device(runtime: Any, error: Exception) -> str:
+    """Why CUDA finds no device: no driver at all, one that is too old, or something else."""
+    reason = " ".join(str(error).split())
+    try:
+        driver = int(runtime.driverGetVersion())
+    except runtime.CUDARuntimeError:
+        driver = 0
+    if driver == 0:
+        return f"backend 'cupy' needs an NVIDIA GPU and its driver: no driver found ({reason})"
+    built = int(runtime.runtimeGetVersion())
+    if driver < built:
+        return (
+            f"backend 'cupy': the driver knows CUDA {_version(driver)}, CuPy is built for "
+            f"{_version(built)} ({reason}); update the driver, or {INSTALL}"
+        )
+    return f"backend 'cupy' needs an NVIDIA GPU: no usable device ({reason})"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def source_digest() -> str:
+    """A fingerprint of all CUDA C sources."""
+    digest = hashlib.sha256()
+    for path in sorted(KERNELS.glob("*.cu*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+class CupyGraph(Graph):
+    """An instantiated CUDA graph; launches go to the current stream."""
+
+    def __init__(self, cupy: Any, graph: Any) -> None:
+        self._cupy, self._graph = cupy, graph
+
+    def launch(self) -> None:
+        self._graph.launch(stream=self._cupy.cuda.get_current_stream())
+
+
+class CupyDevice(Device):
+    """The current CUDA device.
+
+    Raises:
+        BackendUnavailableError: it cannot be used; see :func:`load_cupy`.
+    """
+
+    def __init__(self) -> None:
+        self._cupy = cupy = load_cupy()
+        attributes = cupy.cuda.Device().attributes
+        found = int(cupy.cuda.Device().compute_capability)
+        self.arch = Arch(
+            # Choices are made, and were tested, by architecture: 8.7 is treated as 8.6.
+            capability=max(c for c in CAPABILITIES if c <= found),
+            multiprocessors=attributes["MultiProcessorCount"],
+            shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+        )
+        self._options = (
+            "-std=c++17",
+            f"-I{KERNELS}",
+            f"-DFASTRNN_SOURCES={source_digest()}",
+        )
+        self._modules: dict[tuple[str, tuple[tuple[str, int | str], ...]], Any] = {}
+        self._functions: dict[Kernel, Any] = {}
+        self._shared_limits: dict[Any, int] = {}
+        self._clusters: dict[Kernel, int] = {}
+        self._lock = threading.Lock()
+        # Streams and events belong to the thread that submits: two threads may run ops at once.
+        self._local = threading.local()
+
+    # --- memory ---
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return self._cupy.empty(shape, dtype)
+
+    def put(self, host: NDArray[Any], out: Array | None = None) -> Array:
+        cupy = self._cupy
+        source = np.ascontiguousarray(host)
+        if out is None:
+            # A copy from pageable memory has left the host array when the call returns.
+            return cupy.asarray(source).reshape(np.shape(host))
+        out.set(source.reshape(out.shape).astype(out.dtype, copy=False))
+        return out
+
+    def copy(self, source: Array, out: Array) -> None:
+        if out.nbytes:
+            out.data.copy_from_device_async(
+                source.data, out.nbytes, self._cupy.cuda.get_current_stream()
+            )
+
+    def fill_zero(self, array: Array) -> None:
+        if array.nbytes:
+            array.data.memset_async(0, array.nbytes, self._cupy.cuda.get_current_stream())
+
+    def get(self, array: Array) -> NDArray[Any]:
+        return np.asarray(self._cupy.asnumpy(array))
+
+    def sync(self) -> None:
+        self._cupy.cuda.get_current_stream().synchronize()
+
+    # --- work ---
+
+    def launch(self, kernel: Kernel, grid: int | tuple[int, ...], args: Sequence[Any]) -> None:
+        function = self._functions.get(kernel)
+        if function is None:
+            function = self._compile(kernel)
+        blocks = (grid,) if isinstance(grid, int) else grid
+        pointers = tuple(np.uint64(0) if a is None else a for a in args)
+        function(blocks, (kernel.threads,), pointers, shared_mem=kernel.shared_bytes)
+
+    def _compile(self, kernel: Kernel) -> Any:
+        with self._lock:
+            key = (kernel.file, kernel.defines)
+            if key not in self._modules:
+                code = (KERNELS / f"{kernel.file}.cu").read_text(encoding="utf-8")
+                defines = tuple(f"-D{name}={value}" for name, value in kernel.defines)
+                self._modules[key] = self._cupy.RawModule(
+                    code=code, options=(*self._options, *defines), backend="nvrtc"
+                )
+            function = self._modules[key].get_function(kernel.name)
+            # The limit belongs to the function, which kernels of several sizes may share. With
+            # its static shared memory it can need the opt-in below 48 KiB as well.
+            limit = max(kernel.shared_bytes, self._shared_limits.get((key, kernel.name), 0))
+            if limit:
+                function.max_dynamic_shared_size_bytes = limit
+                self._shared_limits[key, kernel.name] = limit
+            self._functions[kernel] = function
+            return function
+
+    def active_clusters(self, kernel: Kernel) -> int:
+        if kernel not in self._clusters:
+            self._clusters[kernel] = self._ask_active_clusters(kernel)
+        return self._clusters[kernel]
+
+    def _ask_active_clusters(self, kernel: Kernel) -> int:
+        if self.arch.capability < 90 or not kernel.runs_on(self.arch.capability):
+            return 0
+        function = self._functions.get(kernel) or self._compile(kernel)
+        try:
+            driver = importlib.import_module("cuda.bindings.driver")
+        except ImportError:
+            # Without the bindings: as many as would fit if clusters could lie anywhere.
+            return self.arch.multiprocessors // kernel.cluster
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = kernel.cluster, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+        config.sharedMemBytes = kernel.shared_bytes
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x = kernel.cluster
+        attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+        config.attrs, config.numAttrs = [attribute], 1
+        handle = driver.CUfunction(function.kernel.ptr)
+        status, count = driver.cuOccupancyMaxActiveClusters(handle, config)
+        return int(count) if int(status) == 0 else 0
+
+    # --- branches and graphs ---
+
+    @property
+    def _branches(self) -> dict[str, Any]:
+        if not hasattr(self._local, "branches"):
+            self._local.branches = {}
+        branches: dict[str, Any] = self._local.branches
+        return branches
+
+    @contextlib.contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        cuda = self._cupy.cuda
+        main = cuda.get_current_stream()
+        stream = self._branches.get(name)
+        if stream is None:
+            stream = self._side_stream(name)
+            stream.wait_event(self._event(main))
+            self._branches[name] = stream
+        with stream:
+            yield
+
+    def join(self, name: str) -> None:
+        stream = self._branches.pop(name)
+        self._cupy.cuda.get_current_stream().wait_event(self._event(stream))
+
+    def capture(self, submit: Callable[[], None]) -> Graph:
+        # The legacy default stream cannot be captured: record on a stream of our own.
+        stream = self._side_stream("capture")
+        with stream:
+            stream.begin_capture(self._cupy.cuda.runtime.streamCaptureModeRelaxed)
+            try:
+                submit()
+            except BaseException:
+                self._branches.clear()
+                with contextlib.suppress(Exception):
+                    stream.end_capture()  # leaves the stream usable; the graph is void
+                raise
+            graph = stream.end_capture()
+        return CupyGraph(self._cupy, graph)
+
+    def _side_stream(self, name: str) -> Any:
+        device = self._cupy.cuda.runtime.getDevice()
+        streams = self._local.__dict__.setdefault("streams", {})
+        if (device, name) not in streams:
+            streams[device, name] = self._cupy.cuda.Stream(non_blocking=True)
+        return streams[device, name]
+
+    def _event(self, stream: Any) -> Any:
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(stream)
+        return event
+
+    # --- description ---
+
+    def describe(self) -> dict[str, Any]:
+        """The GPU, its driver and what compiled for it."""
+        cupy, runtime = self._cupy, self._cupy.cuda.runtime
+        device = cupy.cuda.Device()
+        nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+        properties = runtime.getDeviceProperties(device.id)
+        return {
+            "cupy": cupy.__version__,
+            "device": properties["name"].decode(),
+            "compute capability": f"{self.arch.capability / 10}",
+            "multiprocessors": self.arch.multiprocessors,
+            "memory GiB": round(properties["totalGlobalMem"] / 2**30, 1),
+            "driver CUDA": _version(runtime.driverGetVersion()),
+            "runtime CUDA": _version(runtime.runtimeGetVersion()),
+            "nvrtc": ".".join(map(str, nvrtc.getVersion())),
+        }

@@ -1,0 +1,320 @@
+"""The CuPy device without a GPU: what keeps it from opening, and how it submits, on a fake CuPy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastrnn.cuda.cupy_device as cupy_device
+from fastrnn.backend import BackendUnavailableError
+from fastrnn.cuda.device import KERNELS, Kernel
+
+
+class FakeError(RuntimeError):
+    """Stands for CUDARuntimeError."""
+
+
+class FakeStream:
+    """Records, in the log that all streams share, what is submitted and what waits for what."""
+
+    current: FakeStream
+    made = 0
+
+    def __init__(self, log: list[tuple[Any, ...]], name: str) -> None:
+        self.log, self.name = log, name
+        self.outer: list[FakeStream] = []
+
+    def __enter__(self) -> FakeStream:
+        self.outer.append(FakeStream.current)
+        FakeStream.current = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        FakeStream.current = self.outer.pop()
+
+    def synchronize(self) -> None:
+        self.log.append(("wait for", self.name))
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append((self.name, "after", event.stream))
+
+    def begin_capture(self, mode: Any) -> None:
+        self.log.append(("capture on", self.name))
+
+    def end_capture(self) -> Any:
+        self.log.append(("captured", self.name))
+        return SimpleNamespace(launch=lambda stream: self.log.append(("replay on", stream.name)))
+
+
+class FakeEvent:
+    def __init__(self, disable_timing: bool) -> None:
+        assert disable_timing
+
+    def record(self, stream: FakeStream) -> None:
+        self.stream = stream.name
+
+
+class FakeFunction:
+    """A compiled kernel; it refuses what a driver would refuse."""
+
+    def __init__(self, log: list[tuple[Any, ...]], name: str, options: tuple[str, ...]) -> None:
+        self.log, self.name, self.options = log, name, options
+        self.max_dynamic_shared_size_bytes = 48 * 1024
+
+    def __call__(self, grid: Any, block: Any, args: Any, shared_mem: int) -> None:
+        assert isinstance(grid, tuple)
+        assert isinstance(block, tuple)
+        assert all(isinstance(a, np.generic | np.ndarray) for a in args)
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        self.log.append((FakeStream.current.name, self.name, grid, block))
+
+
+class FakeCupy(ModuleType):
+    """As much of CuPy as the device uses."""
+
+    def __init__(self, **failures: Callable[[], Any]) -> None:
+        super().__init__("cupy")
+        self.log: list[tuple[Any, ...]] = []
+        self.modules: list[SimpleNamespace] = []
+        FakeStream.current = FakeStream(self.log, "caller")
+        FakeStream.made = 0
+
+        def new_stream(non_blocking: bool) -> FakeStream:
+            assert non_blocking
+            FakeStream.made += 1
+            return FakeStream(self.log, f"side {FakeStream.made}")
+
+        runtime = SimpleNamespace(
+            CUDARuntimeError=FakeError,
+            getDeviceCount=failures.get("count", lambda: 1),
+            driverGetVersion=failures.get("driver", lambda: 13000),
+            runtimeGetVersion=lambda: 13000,
+            streamCaptureModeRelaxed=1,
+            getDevice=lambda: 0,
+        )
+        device = SimpleNamespace(
+            id=0,
+            compute_capability=failures.get("capability", lambda: "90")(),
+            attributes={"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 232448},
+        )
+        self.cuda = SimpleNamespace(
+            runtime=runtime,
+            Device=lambda: device,
+            Stream=new_stream,
+            Event=FakeEvent,
+            get_current_stream=lambda: FakeStream.current,
+            memory=SimpleNamespace(OutOfMemoryError=FakeError),
+        )
+        self.zeros = failures.get("zeros", lambda *args: np.zeros(1))
+
+        def raw_module(code: str, options: tuple[str, ...], backend: str) -> SimpleNamespace:
+            assert backend == "nvrtc"
+            made: dict[str, FakeFunction] = {}
+
+            def get_function(name: str) -> FakeFunction:
+                return made.setdefault(name, FakeFunction(self.log, name, options))
+
+            module = SimpleNamespace(code=code, options=options, get_function=get_function)
+            self.modules.append(module)
+            return module
+
+        self.RawModule = raw_module
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeCupy]:
+    def put_in_place(nvrtc: Any = None, **failures: Callable[[], Any]) -> FakeCupy:
+        fake = FakeCupy(**failures)
+        compiler = ModuleType("nvrtc")
+        compiler.getVersion = nvrtc or (lambda: (13, 0))  # type: ignore[attr-defined]
+        known = failures.get("archs", lambda: [75, 80, 90])
+        compiler.getSupportedArchs = known  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "cupy", fake)
+        monkeypatch.setitem(sys.modules, "cupy_backends", ModuleType("cupy_backends"))
+        for name in ("cuda", "cuda.libs"):
+            full = f"cupy_backends.{name}"
+            monkeypatch.setitem(sys.modules, full, ModuleType(full))
+        monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.nvrtc", compiler)
+        return fake
+
+    return put_in_place
+
+
+def fails(text: str) -> Callable[[], Any]:
+    def call(*args: Any) -> Any:
+        raise FakeError(text)
+
+    return call
+
+
+# --- What keeps it from opening ----------------------------------------------------------------
+
+INSUFFICIENT = fails("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+
+
+@pytest.mark.parametrize(
+    ("failures", "message"),
+    [
+        pytest.param(
+            {"count": INSUFFICIENT, "driver": lambda: 0},
+            r"needs an NVIDIA GPU and its driver: no driver found",
+            id="no driver",
+        ),
+        pytest.param(
+            {"count": INSUFFICIENT, "driver": lambda: 12020},
+            r"the driver knows CUDA 12\.2, CuPy is built for 13\.0 .* update the driver",
+            id="driver too old",
+        ),
+        pytest.param(
+            {"count": fails("cudaErrorDevicesUnavailable: busy")},
+            r"no usable device \(cudaErrorDevicesUnavailable",
+            id="device busy",
+        ),
+        pytest.param({"count": lambda: 0}, "no CUDA device found", id="no device"),
+        pytest.param(
+            {"capability": lambda: "61"},
+            r"compute capability 7\.5 or more, device 0 has 6\.1",
+            id="GPU too old",
+        ),
+        pytest.param(
+            {"nvrtc": fails("libnvrtc.so.13: cannot open shared object file")},
+            r"NVRTC, which CuPy does not find: libnvrtc.* pip install",
+            id="no NVRTC",
+        ),
+        pytest.param(
+            {"archs": lambda: [80, 90], "capability": lambda: "75"},
+            r"compiles for compute capability 8\.0 and later, device 0 has 7\.5",
+            id="NVRTC too new",
+        ),
+        pytest.param(
+            {"zeros": fails("out of memory: 100 bytes")},
+            r"device 0 does not work: out of memory",
+            id="no memory",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(
+    install: Callable[..., FakeCupy], failures: dict[str, Any], message: str
+) -> None:
+    install(**failures)
+    with pytest.raises(BackendUnavailableError, match=message) as caught:
+        cupy_device.CupyDevice()
+    assert str(caught.value).startswith("backend 'cupy'")
+
+
+def test_a_missing_cupy_names_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(BackendUnavailableError, match=r"needs CuPy: .*pip install 'fastrnn"):
+        cupy_device.CupyDevice()
+
+
+# --- How it submits ----------------------------------------------------------------------------
+
+PLAIN = Kernel("common_test", "plain_kernel", 128)
+WIDE = Kernel("common_test", "wide_kernel", 512, (("N", 3),), shared_bytes=200 * 1024)
+
+
+@pytest.fixture
+def fake(
+    install: Callable[..., FakeCupy], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> FakeCupy:
+    (tmp_path / "common_test.cu").write_text("// nothing\n")
+    monkeypatch.setattr(cupy_device, "KERNELS", tmp_path)
+    return install()
+
+
+def test_modules_are_compiled_once_with_constants_and_a_digest_of_all_sources(
+    fake: FakeCupy, tmp_path: Any
+) -> None:
+    device = cupy_device.CupyDevice()
+    assert (device.arch.capability, device.arch.multiprocessors) == (90, 132)
+    for _ in range(2):
+        device.launch(PLAIN, 3, [np.int32(1), None])
+        device.launch(WIDE, (2, 5), [np.float32(1)])
+    assert [m.code for m in fake.modules] == ["// nothing\n"] * 2
+    options = fake.modules[1].options
+    assert "-DN=3" in options
+    assert f"-I{tmp_path}" in options
+    digest = next(o for o in options if o.startswith("-DFASTRNN_SOURCES="))
+    (tmp_path / "common.cuh").write_text("// a header")
+    assert cupy_device.source_digest() not in digest, "an edited header must be a new cache key"
+    assert (
+        fake.log[1:]
+        == [
+            ("caller", "plain_kernel", (3,), (128,)),
+            ("caller", "wide_kernel", (2, 5), (512,)),
+        ]
+        * 2
+    )
+
+
+def test_kernels_of_one_function_keep_the_largest_shared_memory(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+    small = replace(WIDE, shared_bytes=60 * 1024)
+    for kernel in (WIDE, small, WIDE):
+        device.launch(kernel, 1, [])
+
+
+def test_branches_start_after_what_was_submitted_and_are_joined(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+    fake.log.clear()
+    device.launch(PLAIN, 1, [])
+    with device.branch("b"):
+        device.launch(PLAIN, 2, [])
+    device.launch(PLAIN, 3, [])
+    with device.branch("b"):
+        device.launch(PLAIN, 4, [])
+    device.join("b")
+    device.launch(PLAIN, 5, [])
+    assert fake.log == [
+        ("caller", "plain_kernel", (1,), (128,)),
+        ("side 1", "after", "caller"),
+        ("side 1", "plain_kernel", (2,), (128,)),
+        ("caller", "plain_kernel", (3,), (128,)),
+        ("side 1", "plain_kernel", (4,), (128,)),
+        ("caller", "after", "side 1"),
+        ("caller", "plain_kernel", (5,), (128,)),
+    ]
+
+
+def test_a_graph_is_recorded_on_a_stream_of_its_own_and_replayed_on_the_callers(
+    fake: FakeCupy,
+) -> None:
+    device = cupy_device.CupyDevice()
+    fake.log.clear()
+    graph = device.capture(lambda: device.launch(PLAIN, 1, []))
+    graph.launch()
+    assert fake.log == [
+        ("capture on", "side 1"),
+        ("side 1", "plain_kernel", (1,), (128,)),
+        ("captured", "side 1"),
+        ("replay on", "caller"),
+    ]
+
+
+def test_a_failed_capture_is_ended_and_leaves_no_branch_open(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+
+    def submit() -> None:
+        with device.branch("b"):
+            raise ValueError("in the middle")
+
+    fake.log.clear()
+    with pytest.raises(ValueError, match="in the middle"):
+        device.capture(submit)
+    assert fake.log[-1] == ("captured", "side 1")
+    fake.log.clear()
+    with device.branch("b"):
+        pass
+    assert fake.log == [("side 2", "after", "caller")]
+
+
+def test_the_sources_are_found() -> None:
+    assert (KERNELS / "common.cuh").exists()
+    assert len(cupy_device.source_digest()) == 16
