@@ -406,7 +406,7 @@ _HUGE = 2 << 20
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Bytes of an array, up to whole cache lines."""
-    return -(-math.prod(shape) * np.dtype(dtype).itemsize // _LINE) * _LINE
+    return -(-math.prod(shape) * int(np.dtype(dtype).itemsize) // _LINE) * _LINE
 
 
 def _panelled(shape: tuple[int, int], dtype: Any) -> tuple[int]:
