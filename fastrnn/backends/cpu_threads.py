@@ -74,6 +74,20 @@ def _write(typing_context, base, index, value):
     return signature, generate
 
 
+@intrinsic
+def _replace(typing_context, base, index, old, new):
+    """``base[index] = new`` if it is ``old``, in one; whether it was."""
+    signature = types.boolean(types.intp, types.int64, types.int64, types.int64)
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        pointer = builder.gep(pointer, [arguments[1]])
+        pair = builder.cmpxchg(pointer, *arguments[2:], "acq_rel", "acquire")
+        return builder.extract_value(pair, 1)
+
+    return signature, generate
+
+
 _sched_yield = types.ExternalFunction("sched_yield", types.intc())
 
 
@@ -113,6 +127,39 @@ def barrier(tid, nt, sync):
     for other in range(nt):
         spins = 0
         while _read(base, first + _LINE * other) < mine:
+            spins += 1
+            if spins > 2000:
+                _sched_yield()
+
+
+# A phase of microseconds must not wait for a thread that is off its core, or not awake yet: its
+# share is free to whoever is there. ``claims`` is int64, zeros at first, two lines a share: the
+# last phase, counted from 1, that somebody took it for, and the last one that it is done for.
+
+
+def claims(size: int) -> NDArray[np.int64]:
+    """Shared memory of :func:`take`, :func:`finish` and :func:`finished` for ``size`` shares."""
+    return np.zeros(2 * _LINE * (size + 1), np.int64)
+
+
+@jit
+def take(share, phase, claims):
+    """Whether the share of this phase is now the caller's; the phase before must be finished."""
+    at = 2 * _LINE * share
+    return _read(address(claims), at) < phase and _replace(address(claims), at, phase - 1, phase)
+
+
+@jit
+def finish(share, phase, claims):
+    _write(address(claims), 2 * _LINE * share + _LINE, phase)
+
+
+@jit
+def finished(phase, nt, claims):
+    """Wait until all ``nt`` shares of the phase are done."""
+    for share in range(nt):
+        spins = 0
+        while _read(address(claims), 2 * _LINE * share + _LINE) < phase:
             spins += 1
             if spins > 2000:
                 _sched_yield()

@@ -21,7 +21,7 @@ import numpy as np
 from fastrnn.backend import Array, Backend, Dims, HostArray, Workspace
 from fastrnn.backends import cpu_kernels as kernels
 from fastrnn.backends.cpu_generate import generate
-from fastrnn.backends.cpu_threads import Team, thread_count
+from fastrnn.backends.cpu_threads import Team, claims, thread_count
 from fastrnn.backends.cpu_vector import MR, VECTOR_BYTES, panel_width
 from fastrnn.decoding import Decoding
 
@@ -262,10 +262,11 @@ class NumbaBackend(Backend):
             tokens,
             *_work((H, H), (H, V), (1, H), (1, V), (2 * S, H), (S, V), dtype=dtype),
             np.empty((threads, V), dtype),
-            np.empty((threads, V)),
+            np.empty((threads, V + 2)),
             np.empty((threads, S), np.int32),
             np.empty((threads, S), dtype),
             np.empty((threads, S), np.int64),
+            claims(threads),
         )
         return tokens, h
 
