@@ -174,11 +174,11 @@ def generate(
         part = (tid + k) % nt
         if take(part, phase, claims):
             p0, p1 = share(H_panels, part, nt)
-            pack(like, size, H, H, address(W_hh), H, hh_at, H, 0, p0, p1)
-            pack(like, size, S, H, address(h), H, states_at, 2 * S, 0, p0, p1)
+            pack(like, size, 0, H, H, address(W_hh), H, hh_at, H, 0, p0, p1)
+            pack(like, size, 0, S, H, address(h), H, states_at, 2 * S, 0, p0, p1)
             pad(b_h, bias_h, p0, p1)
             p0, p1 = share(V_panels, part, nt)
-            pack(like, size, H, V, address(W_hq), V, hq_at, H, 0, p0, p1)
+            pack(like, size, 0, H, V, address(W_hq), V, hq_at, H, 0, p0, p1)
             pad(b_q, bias_q, p0, p1)
             finish(part, phase, claims)
     finished(phase, nt, claims)

@@ -108,22 +108,23 @@ def recurrent_share(B, H, size, tid, nt):
 
 
 @jit
-def pack(like, size, rows, N, S, s_row, out, out_rows, turned, p0, p1):
-    """``S [rows, N]`` into panels p0 … p1 of ``out_rows`` rows, and ``Sᵀ`` into those of turned.
+def pack(like, size, r0, r1, N, S, s_row, out, out_rows, turned, p0, p1):
+    """Rows r0 … r1 of ``S [rows, N]`` into panels p0 … p1, and ``Sᵀ`` into those of turned.
 
-    out, turned: addresses, 0 where not wanted.
+    out: panels of ``out_rows`` rows. turned: panels of N rows. Both are addresses, 0 where not
+    wanted; with turned, r0 is a multiple of a vector.
     """
     L = VECTOR_BYTES // size
     W = 2 * L
     for p in range(p0, p1):
-        for i in range(0, rows, L):
+        for i in range(r0, r1, L):
             to, across = 0, 0
             if out != 0:
                 to = out + (p * out_rows + i) * W * size
             if turned != 0:
                 across = turned + ((i // W * N + p * W) * W + i % W) * size
             pack_strip(
-                like, min(L, rows - i), min(W, N - p * W), S + (i * s_row + p * W) * size, s_row,
+                like, min(L, r1 - i), min(W, N - p * W), S + (i * s_row + p * W) * size, s_row,
                 to, across,
             )  # fmt: skip
 
@@ -134,7 +135,7 @@ def pack_square(like, size, S, out, turned, p0, p1):
     if S.strides[1] != size:
         out, turned = turned, out
     N = len(S)
-    pack(like, size, N, N, address(S), N, out, N, turned, p0, p1)
+    pack(like, size, 0, N, N, address(S), N, out, N, turned, p0, p1)
 
 
 @jit
@@ -292,15 +293,23 @@ def outer(
     a_panels, groups = panels(M, size), 1
     if slot >= 0:
         groups = tiles(B)
-    first, last = share(a_panels * panels(N, size), tid, nt)
-    for unit in range(first, last):
-        p, q = unit // a_panels, unit % a_panels
+    # A thread has rows of C, and takes them panel by panel of E.
+    e_panels = panels(N, size)
+    units = a_panels * e_panels
+    first, last = share(units, tid, nt)
+    q0 = first // e_panels
+    width = max(1, (last + e_panels - 1) // e_panels - q0)
+    for i in range(e_panels * width):
+        p, q = i // width, q0 + i % width
+        unit = q * e_panels + p
         n, height = min(W, N - p * W), min(W, M - q * W)
-        if q == 0 and sums != 0:
+        if q == q0 and sums != 0 and p % nt == tid:
             here = sums + p * W * size
             column_sums(like, T * B, n, E + p * e_panel * size, here)
             if partial != 0:
-                squares(like, 1, n, 0, here, n, partial + (a_panels * panels(N, size) + p) * 8)
+                squares(like, 1, n, 0, here, n, partial + (units + p) * 8)
+        if not first <= unit < last:
+            continue
         count = tiles(height)
         to = C + (q * W * N + p * W) * size
         held, more = 0, 1 if adds else 0
@@ -312,11 +321,11 @@ def outer(
             spans = (R + SPAN - 1) // SPAN
             for s in range(spans):
                 r, rows = b * T + R * s // spans, R * (s + 1) // spans - R * s // spans
-                for i in range(count):
-                    m = height * i // count
+                for j in range(count):
+                    m = height * j // count
                     here = block + m * W * size
                     tile_columns(
-                        like, height * (i + 1) // count - m,
+                        like, height * (j + 1) // count - m,
                         A + (q * a_panel + (r + later) * W + m) * size, rows,
                         E + (p * e_panel + r * W) * size, here if held else 0, W, here,
                     )  # fmt: skip
@@ -407,7 +416,9 @@ def run_steps(
     H_panels, V_panels = panels(H, size), panels(V, size)
     hp0, hp1 = share(H_panels, tid, nt)
     vp0, vp1 = share(V_panels, tid, nt)
-    hw, vw = max(0, min(H, hp1 * W) - hp0 * W), max(0, min(V, vp1 * W) - vp0 * W)
+    # The hidden units and characters of a thread: its rows of W_hh and W_hq.
+    j0, j1 = min(H, hp0 * W), min(H, hp1 * W)
+    v0, v1 = min(V, vp0 * W), min(V, vp1 * W)
     h_panel, panel = h_rows * W, rows * W
     h_at, dz_at, logits_at = address(h), address(dz), address(logits)
     tile, stats = address(scratch[tid]), scratch[tid, max(W, MR) * W :]
@@ -437,8 +448,14 @@ def run_steps(
             turned_hh, turned_hq = 0, 0
             if train:
                 turned_hh, turned_hq = address(packed_hh_t), address(packed_hq_t)
-            pack(like, size, H, H, address(W_hh), H, address(packed_hh), H, turned_hh, hp0, hp1)
-            pack(like, size, H, V, address(W_hq), V, address(packed_hq), H, turned_hq, vp0, vp1)
+            pack(
+                like, size, j0, j1, H, address(W_hh), H, address(packed_hh), H, turned_hh,
+                0, H_panels,
+            )  # fmt: skip
+            pack(
+                like, size, j0, j1, V, address(W_hq), V, address(packed_hq), H, turned_hq,
+                0, V_panels,
+            )  # fmt: skip
             pad(b_h, bias_h, hp0, hp1)
             pad(b_q, bias_q, vp0, vp1)
         t0, t1 = share(T, tid, nt)
@@ -446,7 +463,7 @@ def run_steps(
             b = B * g // groups
             height = B * (g + 1) // groups - b
             pack(
-                like, size, height, H, address(h0) + b * H * size, H,
+                like, size, 0, height, H, address(h0) + b * H * size, H,
                 h_at + b * (T + 1) * W * size, h_rows, 0, hp0, hp1,
             )  # fmt: skip
             for t in range(t0, t1):
@@ -470,13 +487,13 @@ def run_steps(
             # Rows of this group in dz and logits; in h they come after those of h0.
             r, R_g = b * T, T * height
             count = tiles(R_g)
-            j0, j1 = max(i0 - before, 0), min(i1 - before, count)
+            c0, c1 = max(i0 - before, 0), min(i1 - before, count)
             before += count
-            blocks = (max(0, j1 - j0) + block - 1) // block
+            blocks = (max(0, c1 - c0) + block - 1) // block
             h_g = h_at + (r + b + height) * W * size
             logits_g, dz_g = logits_at + r * W * size, dz_at + r * W * size
             for i in range(blocks):
-                a0, a1 = j0 + (j1 - j0) * i // blocks, j0 + (j1 - j0) * (i + 1) // blocks
+                a0, a1 = c0 + (c1 - c0) * i // blocks, c0 + (c1 - c0) * (i + 1) // blocks
                 multiply(
                     like, size, R_g, a0, a1, H, V, h_g, h_panel, address(packed_hq),
                     address(bias_q), logits_g, panel,
@@ -515,9 +532,9 @@ def run_steps(
                 address(db_h), squares_at + of_hh * 8, tile, tid, nt,
             )  # fmt: skip
             # The rows of W_xh: only those of the batch's characters have a gradient.
-            dW_at, names = address(dW_xh) + hp0 * W * size, address(used[1 - old])
+            names = address(used[1 - old])
             for i in range(counts[old]):
-                dW_xh[used[old, i], hp0 * W : hp0 * W + hw] = 0
+                dW_xh[used[old, i], j0:j1] = 0
             count = counts[1 - old]
             for p in range(hp0, hp1):
                 n, at = min(W, H - p * W), address(dW_xh) + p * W * size
@@ -528,16 +545,22 @@ def run_steps(
             for i in range(len(partial)):
                 total += partial[i]
             rounded = W_xh.dtype.type(np.sqrt(total))
-            scale = W_xh.dtype.type(1)
+            factor = W_xh.dtype.type(1)
             if np.float64(rounded) > max_norm:
-                scale = W_xh.dtype.type(max_norm / np.float64(rounded))
+                factor = W_xh.dtype.type(max_norm / np.float64(rounded))
             rate = W_xh.dtype.type(lr)
-            hj, vj = hp0 * W * size, vp0 * W * size
-            update(like, count, hw, names, address(W_xh) + hj, H, dW_at, H, scale, rate)
-            update(like, H, hw, 0, address(W_hh) + hj, H, address(dW_hh) + hj, H, scale, rate)
-            update(like, 1, hw, 0, address(b_h) + hj, H, address(db_h) + hj, H, scale, rate)
-            update(like, H, vw, 0, address(W_hq) + vj, V, address(dW_hq) + vj, V, scale, rate)
-            update(like, 1, vw, 0, address(b_q) + vj, V, address(db_q) + vj, V, scale, rate)
+            at, n = j0 * size, j1 - j0
+            p_at, g_at = address(W_xh) + at, address(dW_xh) + at
+            update(like, count, n, names, p_at, H, g_at, H, factor, rate)
+            p_at, g_at = address(b_h) + at, address(db_h) + at
+            update(like, 1, n, 0, p_at, n, g_at, n, factor, rate)
+            p_at, g_at = address(W_hh) + at * H, address(dW_hh) + at * H
+            update(like, 1, n * H, 0, p_at, n, g_at, n, factor, rate)
+            p_at, g_at = address(W_hq) + at * V, address(dW_hq) + at * V
+            update(like, 1, n * V, 0, p_at, n, g_at, n, factor, rate)
+            at, n = v0 * size, v1 - v0
+            p_at, g_at = address(b_q) + at, address(db_q) + at
+            update(like, 1, n, 0, p_at, n, g_at, n, factor, rate)
             if tid == 0:
                 norm[0] = rounded
                 totals[0] += loss[0]
@@ -551,7 +574,7 @@ def run_steps(
                 height = B * (g + 1) // groups - b
                 for i in range(height):
                     at = (b * (T + 1) + T * height + i) * W
-                    for j in range(hp0 * W, hp0 * W + hw):
+                    for j in range(j0, j1):
                         h0[b + i, j] = h[j // W * h_panel + at + j % W]
     barrier(tid, nt, sync)
 
@@ -607,7 +630,7 @@ def recurrence(tid, nt, sync, B, z, W_hh, h0, h, packed, states):
     R, H = z.shape
     p0, p1 = share(panels(H, size), tid, nt)
     pack_square(like, size, W_hh, address(packed), 0, p0, p1)
-    pack(like, size, B, H, address(h0), H, address(states), 2 * B, 0, p0, p1)
+    pack(like, size, 0, B, H, address(h0), H, address(states), 2 * B, 0, p0, p1)
     barrier(tid, nt, sync)
     forward(
         like, size, R // B, B, H, address(packed), 0, address(states), 2 * B, 2, False, address(z),
@@ -653,10 +676,10 @@ def recurrence_backward(
         if dW_hh.size > 0:
             r, to = first * B, h_at
             if first == 0:
-                pack(like, size, B, H, address(h0), H, h_at, rows, 0, p0, p1)
+                pack(like, size, 0, B, H, address(h0), H, h_at, rows, 0, p0, p1)
                 r, to = B, h_at + B * W * size
             pack(
-                like, size, last * B - r, H, address(h) + (r - B) * H * size, H, to, rows, 0, p0,
+                like, size, 0, last * B - r, H, address(h) + (r - B) * H * size, H, to, rows, 0, p0,
                 p1,
             )  # fmt: skip
             barrier(tid, nt, sync)
@@ -682,10 +705,10 @@ def project(tid, nt, sync, h, W_hq, b_q, logits, h_panels, packed, bias, scratch
     size, like = W_hq.itemsize, W_hq.dtype.type(0)
     R, (H, V) = len(h), W_hq.shape
     p0, p1 = share(panels(V, size), tid, nt)
-    pack(like, size, H, V, address(W_hq), V, address(packed), H, 0, p0, p1)
+    pack(like, size, 0, H, V, address(W_hq), V, address(packed), H, 0, p0, p1)
     pad(b_q, bias, p0, p1)
     p0, p1 = share(panels(H, size), tid, nt)
-    pack(like, size, R, H, address(h), H, address(h_panels), R, 0, p0, p1)
+    pack(like, size, 0, R, H, address(h), H, address(h_panels), R, 0, p0, p1)
     barrier(tid, nt, sync)
     _by_blocks(
         like, size, R, H, V, address(h_panels), address(packed), address(bias), address(logits),
@@ -719,10 +742,10 @@ def project_backward(
     W = 2 * VECTOR_BYTES // size
     h_at, dlogits_at, tile = address(h_panels), address(dlogits_panels), address(scratch[tid])
     p0, p1 = share(panels(H, size), tid, nt)
-    pack(like, size, R, H, address(h), H, h_at, R, 0, p0, p1)
+    pack(like, size, 0, R, H, address(h), H, h_at, R, 0, p0, p1)
     p0, p1 = share(panels(V, size), tid, nt)
-    pack(like, size, H, V, address(W_hq), V, 0, H, address(packed), p0, p1)
-    pack(like, size, R, V, address(dlogits), V, dlogits_at, R, 0, p0, p1)
+    pack(like, size, 0, H, V, address(W_hq), V, 0, H, address(packed), p0, p1)
+    pack(like, size, 0, R, V, address(dlogits), V, dlogits_at, R, 0, p0, p1)
     barrier(tid, nt, sync)
     _by_blocks(like, size, R, V, H, dlogits_at, address(packed), 0, address(dh), tile, tid, nt)
     outer(

@@ -534,20 +534,26 @@ def _emit_put(e: _Emitter, arguments: Any) -> None:
     Arguments: m, n, P ``[m, W]``, C, elements between its rows, whether to add, SQUARES or null.
     """
     m, n, P, C, c_row, adds, squares = arguments
-    masks = e.masks(n)
-    adds = e.b.icmp_signed("!=", adds, _int(0))
-    adding = [e.b.and_(mask, e.all_lanes(adds)) for mask in masks]
-    total = _Squares(e)
+    masks, total = e.masks(n), _Squares(e)
 
-    def row(i: Any) -> None:
-        for j, mask in enumerate(masks):
-            value = e.load(e.at(P, e.b.mul(i, _int(e.W)), j * e.L))
-            to = e.at(C, e.b.mul(i, c_row), j * e.L)
-            value = e.b.fadd(value, e.load(to, adding[j]))
-            e.store(value, to, mask)
-            total.add(j, e.b.select(mask, value, e.splat(0.0)))
+    def rows(adding: bool) -> None:
+        def row(i: Any) -> None:
+            for j, mask in enumerate(masks):
+                value = e.load(e.at(P, e.b.mul(i, _int(e.W)), j * e.L))
+                to = e.at(C, e.b.mul(i, c_row), j * e.L)
+                if adding:
+                    value = e.b.fadd(value, e.load(to, mask))
+                e.store(value, to, mask)
+                total.add(j, e.b.select(mask, value, e.splat(0.0)))
 
-    e.loop(_int(0), m, 1, row)
+        e.loop(_int(0), m, 1, row)
+
+    # Two loops: to load from C, though nothing, would wait for stores 4 KiB before.
+    with e.b.if_else(e.b.icmp_signed("!=", adds, _int(0))) as (add, replace):
+        with add:
+            rows(True)
+        with replace:
+            rows(False)
     with e.b.if_then(e.given(squares)):
         e.b.store(total.value(), squares)
 
