@@ -72,6 +72,9 @@ steps and gradients through T steps of float32 stay below 1e-5; TF32 keeps 11 bi
 
 CHECK_STEPS = 3
 CHECK_CHARACTERS = 12
+
+CONTINUATION = 50
+"""Characters a timed call generates at the least: the length of the tutorial's continuations."""
 SETTLE_SECONDS = 0.15
 """Idle threads spin after a worker's turn: OpenBLAS's for up to 0.1 s, OpenMP's for some 5 ms."""
 
@@ -866,7 +869,8 @@ def measure(
         for name, worker in list(workers.items()):
             with _failing(rows[name]):
                 once = min(worker.ask(do="time", units=1, repeats=3)["seconds"])
-                units = max(1, round(2e-3 / once))
+                least = CONTINUATION if workload.startswith("generate") else 1
+                units = max(least, round(2e-3 / once))
                 shares[name] = (units, max(3, min(500, int(turn_seconds / (units * once)))))
         for i in range(rounds):
             names = [n for n in workers if n in shares and rows[n].status == "ok"]

@@ -7,12 +7,8 @@ it, work is done on its threads, as parallel regions of its own.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -27,21 +23,7 @@ from fastrnn.backends.cpu_kernels import (
     scale,
     sum_of_squares,
 )
-
-
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compile without the GIL; what is cached is stale when the ops change, in their own file."""
-    compiled = numba.njit(nogil=True)(function)
-    compiled.enable_caching()
-    sources = (Path(__file__), Path(__file__).with_name("cpu_kernels.py"))
-    stamp = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    file = getattr(compiled._cache, "_cache_file", None)
-    if file is not None and hasattr(file, "_source_stamp"):
-        file._source_stamp = stamp
-    else:  # A cache that cannot be told: rather compile anew than run stale code.
-        compiled._cache.disable()
-    return compiled
-
+from fastrnn.backends.cpu_vector import jit
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -93,37 +75,37 @@ def _fork(typing_context, function, openmp, nt, sync, arguments):
     return types.void(function, openmp, nt, sync, arguments), generate
 
 
-@_jit
+@jit
 def _fork_gather(openmp, nt, sync, arguments):
     _fork(gather, openmp, nt, sync, arguments)
 
 
-@_jit
+@jit
 def _fork_gather_backward(openmp, nt, sync, arguments):
     _fork(gather_backward, openmp, nt, sync, arguments)
 
 
-@_jit
+@jit
 def _fork_recurrence(openmp, nt, sync, arguments):
     _fork(recurrence, openmp, nt, sync, arguments)
 
 
-@_jit
+@jit
 def _fork_recurrence_backward(openmp, nt, sync, arguments):
     _fork(recurrence_backward, openmp, nt, sync, arguments)
 
 
-@_jit
+@jit
 def _fork_cross_entropy(openmp, nt, sync, arguments):
     _fork(cross_entropy, openmp, nt, sync, arguments)
 
 
-@_jit
+@jit
 def _fork_sum_of_squares(openmp, nt, sync, arguments):
     _fork(sum_of_squares, openmp, nt, sync, arguments)
 
 
-@_jit
+@jit
 def _fork_scale(openmp, nt, sync, arguments):
     _fork(scale, openmp, nt, sync, arguments)
 

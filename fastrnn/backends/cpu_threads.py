@@ -2,9 +2,12 @@
 
 numba's own thread layers abort the process when two Python threads enter them (workqueue) or when
 a child of ``fork`` does (GNU OpenMP). A team here serialises its callers with a lock, and a forked
-child starts a team of its own. The members are Python threads inside compiled code without the
-GIL; between jobs they sleep.
+child starts a team of its own.
+
+The caller takes part as thread 0. The others are Python threads; between jobs they watch for the
+next one for about a tenth of a millisecond, giving their core to whoever wants it, and then sleep.
 """
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 
@@ -16,6 +19,12 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from fastrnn.backends.cpu_vector import address, jit
 
 
 def thread_count() -> int:
@@ -28,35 +37,168 @@ def thread_count() -> int:
     return available
 
 
-class _Job:
-    """One call of ``function(tid, size, sync, *arguments)`` on every member."""
+# --- Compiled code -----------------------------------------------------------------------------
+# ``sync`` is int64, a line of 16 for each purpose, so that no two share a cache line: how many jobs
+# thread 0 began, whether the job is off, and for each thread how many jobs it began and how many
+# barriers it reached.
 
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self.function, self.arguments = function, arguments
-        self.error: BaseException | None = None
-        self.done = threading.Lock()
-        self.done.acquire()
+_BEGUN, _OFF, _THREADS, _LINE = 0, 16, 32, 16
+
+
+def _sync(size: int) -> NDArray[np.int64]:
+    return np.zeros(_THREADS + _LINE * (size + 1), np.int64)
+
+
+@intrinsic
+def _read(typing_context, base, index):
+    """``base[index]``, before whatever follows."""
+    signature = types.int64(types.intp, types.int64)
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(builder.gep(pointer, [arguments[1]]), "acquire", 8)
+
+    return signature, generate
+
+
+@intrinsic
+def _write(typing_context, base, index, value):
+    """``base[index] = value``, after whatever came before."""
+    signature = types.void(types.intp, types.int64, types.int64)
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store_atomic(arguments[2], builder.gep(pointer, [arguments[1]]), "release", 8)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def _replace(typing_context, base, index, old, new):
+    """``base[index] = new`` if it is ``old``, in one; whether it was."""
+    signature = types.boolean(types.intp, types.int64, types.int64, types.int64)
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        pointer = builder.gep(pointer, [arguments[1]])
+        pair = builder.cmpxchg(pointer, *arguments[2:], "acq_rel", "acquire")
+        return builder.extract_value(pair, 1)
+
+    return signature, generate
+
+
+_sched_yield = types.ExternalFunction("sched_yield", types.intc())
+
+
+@jit
+def begin(tid, nt, sync):
+    """First in every function that a team runs: wait for thread 0. False: return at once."""
+    if nt == 1:
+        return True
+    base = address(sync)
+    if tid == 0:
+        _write(base, _BEGUN, _read(base, _BEGUN) + 1)
+        return True
+    mine = _THREADS + _LINE * tid
+    job, spins = _read(base, mine) + 1, 0
+    while _read(base, _BEGUN) < job:
+        spins += 1
+        if spins > 2000:
+            if _read(base, _OFF) != 0:
+                return False
+            _sched_yield()
+    _write(base, mine, job)
+    return True
+
+
+@jit
+def barrier(tid, nt, sync):
+    """Wait until all ``nt`` threads are here.
+
+    Spins, since a phase lasts microseconds to milliseconds, but gives its core away to a thread
+    that was put off it.
+    """
+    if nt == 1:
+        return
+    base, first = address(sync), _THREADS + 1
+    mine = _read(base, first + _LINE * tid) + 1
+    _write(base, first + _LINE * tid, mine)
+    for other in range(nt):
+        spins = 0
+        while _read(base, first + _LINE * other) < mine:
+            spins += 1
+            if spins > 2000:
+                _sched_yield()
+
+
+# A phase of microseconds must not wait for a thread that is off its core, or not awake yet: its
+# share is free to whoever is there. ``claims`` is int64, zeros at first, two lines a share: the
+# last phase, counted from 1, that somebody took it for, and the last one that it is done for.
+
+
+def claims(size: int) -> NDArray[np.int64]:
+    """Shared memory of :func:`take`, :func:`finish` and :func:`finished` for ``size`` shares."""
+    return np.zeros(2 * _LINE * (size + 1), np.int64)
+
+
+@jit
+def take(share, phase, claims):
+    """Whether the share of this phase is now the caller's; the phase before must be finished."""
+    at = 2 * _LINE * share
+    return _read(address(claims), at) < phase and _replace(address(claims), at, phase - 1, phase)
+
+
+@jit
+def finish(share, phase, claims):
+    _write(address(claims), 2 * _LINE * share + _LINE, phase)
+
+
+@jit
+def finished(phase, nt, claims):
+    """Wait until all ``nt`` shares of the phase are done."""
+    for share in range(nt):
+        spins = 0
+        while _read(address(claims), 2 * _LINE * share + _LINE) < phase:
+            spins += 1
+            if spins > 2000:
+                _sched_yield()
+
+
+@jit
+def _linger(tid, sync, rounds):
+    """Wait a while for thread 0 to begin a job that this thread has not begun."""
+    base = address(sync)
+    done = _read(base, _THREADS + _LINE * tid)
+    for _ in range(rounds):
+        for _ in range(64):
+            if _read(base, _BEGUN) > done:
+                return
+        _sched_yield()
+
+
+# --- The team ----------------------------------------------------------------------------------
 
 
 class Team:
-    """``size`` threads. Thread 0 is the leader: it hands a job to the others and takes part."""
+    """``size`` threads: the caller's and ``size - 1`` others."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._alone = np.zeros(32, np.int64)
+        self._alone = _sync(1)
         self._reset()
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
         """Forget threads and locks: there are none yet, or they stayed in the parent process."""
         self._lock = threading.Lock()
-        self._sync = np.zeros(32, np.int64)
-        self._inboxes: list[queue.SimpleQueue[_Job]] = []
+        self._sync = _sync(self.size)
+        self._inboxes: list[queue.SimpleQueue[Any]] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, threads: int) -> None:
         """Run ``function(tid, nt, sync, *arguments)`` on ``threads`` threads: 1, or all of them.
 
-        The function ends with a barrier. One thread means the caller's own.
+        The function starts with :func:`begin` and ends with a :func:`barrier`.
         """
         if threads == 1 or self.size == 1:
             function(0, 1, self._alone, *arguments)
@@ -64,51 +206,43 @@ class Team:
         with self._lock:
             if not self._inboxes:
                 self._start()
-            job = _Job(function, arguments)
+            sync, begun = self._sync, int(self._sync[_BEGUN])
             try:
-                self._inboxes[0].put(job)
-                job.done.acquire()
+                for inbox in self._inboxes:
+                    inbox.put((function, arguments))
+                function(0, self.size, sync, *arguments)
             except BaseException:
-                # Ctrl-C: the threads still write to the caller's arrays. Wait for them.
-                self._drain()
+                # Ctrl-C. Compiled code raises nothing: either all of it ran, or none.
+                if sync[_BEGUN] == begun:
+                    sync[_OFF] = 1
+                    for inbox in self._inboxes:
+                        inbox.put(None)
+                    self._sync, self._inboxes = _sync(self.size), []
                 raise
-        if job.error is not None:
-            raise job.error
 
     def _start(self) -> None:
-        self._inboxes = [queue.SimpleQueue() for _ in range(self.size)]
-        for tid in range(self.size):
+        for tid in range(1, self.size):
+            inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            self._inboxes.append(inbox)
             threading.Thread(
-                target=self._serve, args=(tid, self._inboxes), name=f"fastrnn-{tid}", daemon=True
+                target=self._serve,
+                args=(tid, inbox, self._sync),
+                name=f"fastrnn-{tid}",
+                daemon=True,
             ).start()
 
-    def _drain(self) -> None:
-        """Return when all jobs handed to the leader are done, whatever interrupts the wait."""
+    def _serve(self, tid: int, inbox: queue.SimpleQueue[Any], sync: NDArray[np.int64]) -> None:
         while True:
-            try:
-                fence = _Job(_nothing, ())
-                self._inboxes[0].put(fence)
-                fence.done.acquire()
+            _linger(tid, sync, 200)
+            job = inbox.get()
+            if job is None:
                 return
-            except BaseException:
-                continue
-
-    def _serve(self, tid: int, inboxes: list[queue.SimpleQueue[_Job]]) -> None:
-        sync = self._sync
-        while True:
-            job = inboxes[tid].get()
-            if tid == 0 and job.function is not _nothing:
-                for inbox in inboxes[1:]:
-                    inbox.put(job)
+            function, arguments = job
+            job = None
             try:
-                job.function(tid, self.size, sync, *job.arguments)
-            except (
-                BaseException
-            ) as error:  # of compilation, so every member's: handed to the caller
-                job.error = error
-            if tid == 0:
-                job.done.release()
-
-
-def _nothing(*_: Any) -> None:
-    pass
+                function(tid, self.size, sync, *arguments)
+            except Exception:
+                # What cannot be compiled or called fails for the caller too, who is told.
+                continue
+            finally:
+                del function, arguments

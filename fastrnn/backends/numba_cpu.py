@@ -1,11 +1,15 @@
 """The ``numba`` backend: compiled code and threads of its own on ``numpy.ndarray``.
 
-The ops and the fused step are in :mod:`fastrnn.backends.cpu_kernels`; this module allocates what
-they work on and decides how many threads a call is worth.
+The ops and the fused step are in :mod:`fastrnn.backends.cpu_kernels`, generation in
+:mod:`fastrnn.backends.cpu_generate`; this module allocates what they work on and decides how many
+threads a call is worth.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +20,9 @@ import numpy as np
 
 from fastrnn.backend import Array, Backend, Dims, HostArray, Workspace
 from fastrnn.backends import cpu_kernels as kernels
-from fastrnn.backends.cpu_threads import Team, thread_count
+from fastrnn.backends.cpu_generate import generate
+from fastrnn.backends.cpu_threads import Team, claims, thread_count
+from fastrnn.backends.cpu_vector import MR, VECTOR_BYTES, panel_width
 from fastrnn.decoding import Decoding
 
 _WORTH_THREADS = 8e6
@@ -37,11 +43,11 @@ class NumbaBackend(Backend):
     # --- memory ---
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return np.empty(shape, dtype)
+        return _Memory(_bytes(shape, dtype)).take(shape, dtype)
 
     def put(self, host: HostArray, out: Array | None = None) -> Array:
         if out is None:
-            return np.array(host, order="C")
+            out = self.empty(np.shape(host), host.dtype)
         out[...] = host
         return out
 
@@ -59,7 +65,7 @@ class NumbaBackend(Backend):
             "llvm": ".".join(map(str, llvm.llvm_version_info)),
             "device": llvm.get_host_cpu_name() or platform.processor() or "CPU",
             "threads": self._team.size,
-            "vector_bytes": kernels.VECTOR_BYTES,
+            "vector_bytes": VECTOR_BYTES,
         }
 
     # --- ops ---
@@ -99,10 +105,7 @@ class NumbaBackend(Backend):
             W_hh,
             h0,
             h.reshape(-1, H),
-            _panels(H, H, z.dtype),
-            _panels(B, H, z.dtype),
-            _panels(2 * B, H, z.dtype),
-            self._tiles(z.dtype),
+            *_work((H, H), (2 * B, H), dtype=z.dtype),
         )
         return h
 
@@ -118,6 +121,10 @@ class NumbaBackend(Backend):
         T, B, H = h.shape
         dz, dW_hh, dh0 = out or (np.empty_like(dh), np.empty((H, H), h.dtype), np.empty_like(h0))
         wanted = dW_hh is not None
+        span = min(T, max(1, 2 * kernels.SPAN // B))
+        rows = (span + 1) * B
+        shapes = (H, H), (rows * wanted, H), (rows, H)
+        packed, h_panels, dz_panels = _work(*shapes, dtype=h.dtype)
         self._run(
             (4 if wanted else 2) * T * B * H * H,
             kernels.recurrence_backward,
@@ -129,11 +136,11 @@ class NumbaBackend(Backend):
             dz.reshape(-1, H),
             dW_hh if wanted else np.empty((0, 0), h.dtype),
             dh0,
-            _panels(H, H, h.dtype),
-            _panels(T * B * wanted, H, h.dtype),
-            _panels(T * B * wanted, H, h.dtype),
-            _panels(2 * B, H, h.dtype),
-            self._tiles(h.dtype),
+            packed,
+            span,
+            h_panels,
+            dz_panels,
+            self._scratch(h.dtype),
         )
         return dz, dW_hh, dh0
 
@@ -148,10 +155,8 @@ class NumbaBackend(Backend):
             W_hq,
             b_q,
             logits.reshape(-1, V),
-            _panels(T * B, H, h.dtype),
-            _panels(H, V, h.dtype),
-            _panels(1, V, h.dtype),
-            self._tiles(h.dtype),
+            *_work((T * B, H), (H, V), (1, V), dtype=h.dtype),
+            self._scratch(h.dtype),
         )
         return logits
 
@@ -174,10 +179,8 @@ class NumbaBackend(Backend):
             dh.reshape(-1, H),
             dW_hq,
             db_q,
-            _panels(T * B, H, h.dtype),
-            _panels(T * B, V, h.dtype),
-            _panels(V, H, h.dtype),
-            self._tiles(h.dtype),
+            *_work((T * B, H), (T * B, V), (V, H), dtype=h.dtype),
+            self._scratch(h.dtype),
         )
         return dh, dW_hq, db_q
 
@@ -194,7 +197,7 @@ class NumbaBackend(Backend):
             logits.shape[-1],
             dlogits.reshape(-1),
             losses,
-            self._tiles(logits.dtype),
+            self._scratch(logits.dtype),
         )
         loss[...] = losses.mean()
         return loss, dlogits
@@ -205,7 +208,7 @@ class NumbaBackend(Backend):
         norm = np.empty((), grads[0].dtype) if out is None else out
         total = 0.0
         for g in grads:
-            partial = np.empty(kernels.num_chunks(g.size))
+            partial = np.empty(-(-g.size // kernels.CHUNK))
             self._run(4 * g.size, kernels.sum_of_squares, g.reshape(-1), partial)
             total += float(partial.sum())
         norm[...] = np.sqrt(total)
@@ -241,7 +244,7 @@ class NumbaBackend(Backend):
         threads = self._team.size
         self._run(
             2 * S * H * (H * (prefix.shape[1] + num_tokens) + V * num_tokens),
-            kernels.generate,
+            generate,
             W_xh,
             W_hh,
             params["b_h"],
@@ -257,17 +260,13 @@ class NumbaBackend(Backend):
             sequence,
             position,
             tokens,
-            _panels(H, H, dtype),
-            _panels(H, V, dtype),
-            _panels(1, V, dtype),
-            _panels(S, H, dtype),
-            _panels(2 * S, H, dtype).reshape(2, -1),
-            _panels(S, V, dtype),
+            *_work((H, H), (H, V), (1, H), (1, V), (2 * S, H), (S, V), dtype=dtype),
             np.empty((threads, V), dtype),
-            np.empty((threads, V)),
+            np.empty((threads, V + 2)),
+            np.empty((threads, S), np.int32),
             np.empty((threads, S), dtype),
             np.empty((threads, S), np.int64),
-            self._tiles(dtype),
+            claims(threads),
         )
         return tokens, h
 
@@ -276,33 +275,69 @@ class NumbaBackend(Backend):
     def workspace(
         self, dims: Dims, tokens: HostArray, params: Mapping[str, HostArray]
     ) -> Workspace:
-        ws = super().workspace(dims, tokens, params)
         T, B, H, V, dtype = dims.T, dims.B, dims.H, dims.V, dims.dtype
+        W = panel_width(dtype)
         # An odd number of rows: panels of 4 KiB multiples would fall on the same cache sets.
-        stride = T * B | 1
-        panels = {
-            "h": _panels(stride, H, dtype),
-            "dz": _panels(stride, H, dtype),
-            "logits": _panels(stride, V, dtype),
+        rows, h_rows = T * B | 1, (T + 1) * B | 1
+        shapes = {
+            "h": (h_rows, H),
+            "dz": (rows, H),
+            "logits": (rows, V),
+            "packed_hh": (H, H),
+            "packed_hh_t": (H, H),
+            "packed_hq": (H, V),
+            "packed_hq_t": (V, H),
+            "bias_h": (1, H),
+            "bias_q": (1, V),
         }
+        H_panels, V_panels = -(-H // W), -(-V // W)
+        blocks = (V_panels + H_panels) * (H_panels + 1) + H_panels
+        flat = 2 * _bytes((dims.flat_size,), dtype)
+        memory = _Memory(flat + sum(_bytes(_panelled(s, dtype), dtype) for s in shapes.values()))
+
+        def views(array: Array) -> dict[str, Array]:
+            return {
+                name: array[dims.param_slices[name]].reshape(shape)
+                for name, shape in dims.param_shapes.items()
+            }
+
+        flat_params, flat_grads = (memory.take((dims.flat_size,), dtype) for _ in range(2))
+        for name, view in views(flat_params).items():
+            view[...] = params[name]
+        own = {name: memory.take(_panelled(s, dtype), dtype) for name, s in shapes.items()}
         # The panels and the arrays of the single ops are never in use together: one memory.
-        ws.z = ws.h = panels["h"][: T * B * H].reshape(T, B, H)
-        ws.dh = ws.dz = panels["dz"][: T * B * H].reshape(T, B, H)
-        ws.logits = panels["logits"][: T * B * V].reshape(T, B, V)
-        ws.extra = {
-            **panels,
-            "stride": stride,
-            "packed_hh": _panels(H, H, dtype),
-            "packed_hh_t": _panels(H, H, dtype),
-            "packed_hq": _panels(H, V, dtype),
-            "packed_hq_t": _panels(V, H, dtype),
-            "bias": _panels(1, V, dtype),
-            "h0_panels": _panels(B, H, dtype),
-            "tiles": self._tiles(dtype),
-            "losses": np.empty(T * B),
-            "partial": np.empty(kernels.num_chunks(dims.flat_size)),
-        }
-        return ws
+        h, dz = (own[name][: T * B * H].reshape(T, B, H) for name in ("h", "dz"))
+        return Workspace(
+            dims=dims,
+            tokens=self.put(tokens),
+            flat_params=flat_params,
+            flat_grads=flat_grads,
+            params=views(flat_params),
+            grads=views(flat_grads),
+            x=np.empty((T, B), np.int32),
+            y=np.empty((T, B), np.int32),
+            h0=np.zeros((B, H), dtype),
+            z=h,
+            h=h,
+            dh=dz,
+            dz=dz,
+            dh0=np.empty((B, H), dtype),
+            logits=own["logits"][: T * B * V].reshape(T, B, V),
+            loss=np.empty((), dtype),
+            norm=np.empty((), dtype),
+            totals=np.zeros(4),
+            extra={
+                **own,
+                "h_rows": h_rows,
+                "rows": rows,
+                "scratch": self._scratch(dtype),
+                "losses": np.empty(T * B),
+                "partial": np.empty(blocks),
+                "seen": np.zeros(V, np.int64),
+                "used": np.zeros((2, min(V, T * B)), np.int32),
+                "counts": np.zeros(3, np.int64),
+            },
+        )
 
     def step(self, ws: Workspace, starts: Array, lr: float, max_norm: float, carry: bool) -> None:
         self.run_steps(ws, starts[None], lr, max_norm, carry)
@@ -338,34 +373,12 @@ class NumbaBackend(Backend):
             bool(carry),
             float(lr),
             float(max_norm),
-            ws.flat_params,
-            p["W_xh"],
-            p["W_hh"],
-            p["b_h"],
-            p["W_hq"],
-            p["b_q"],
-            ws.flat_grads,
-            g["W_xh"],
-            g["W_hh"],
-            g["b_h"],
-            g["W_hq"],
-            g["b_q"],
+            *(p[name] for name in ("W_xh", "W_hh", "b_h", "W_hq", "b_q")),
+            *(g[name] for name in ("W_xh", "W_hh", "b_h", "W_hq", "b_q")),
             ws.x.reshape(-1),
             ws.y.reshape(-1),
             ws.h0,
-            own["h"],
-            own["dz"],
-            own["logits"],
-            own["stride"],
-            own["packed_hh"],
-            own["packed_hh_t"],
-            own["packed_hq"],
-            own["packed_hq_t"],
-            own["bias"],
-            own["h0_panels"],
-            own["tiles"],
-            own["losses"],
-            own["partial"],
+            *own.values(),
             ws.loss.reshape(1),
             ws.norm.reshape(1),
             totals,
@@ -377,16 +390,60 @@ class NumbaBackend(Backend):
         threads = self._team.size if operations >= _WORTH_THREADS else 1
         self._team.run(function, *arguments, threads=threads)
 
-    def _tiles(self, dtype: Any) -> Array:
-        """Scratch of each thread: a tile, and a little for results of vector code."""
-        W = kernels.panel_width(dtype)
-        return np.empty((self._team.size, (kernels.MR + 1) * W), dtype)
+    def _scratch(self, dtype: Any) -> Array:
+        """Of each thread: a square of a panel's width or a tile, and three numbers a tile's row."""
+        W = panel_width(dtype)
+        columns = -(-(max(W, MR) * W + 3 * MR) // W) * W
+        return _Memory(_bytes((self._team.size, columns), dtype)).take(
+            (self._team.size, columns), dtype
+        )
 
 
-def _panels(rows: int, columns: int, dtype: Any) -> Array:
-    """Memory for a panelled matrix, on cache lines; zero, so that the padding is."""
-    W = kernels.panel_width(dtype)
-    size = rows * -(-columns // W) * W
-    memory = np.zeros(size + _LINE // np.dtype(dtype).itemsize, dtype)
-    first = -memory.__array_interface__["data"][0] % _LINE // memory.itemsize
-    return memory[first : first + size]
+# --- Memory ----------------------------------------------------------------------------------
+
+_LINE = 64
+_HUGE = 2 << 20
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array, up to whole cache lines."""
+    return -(-math.prod(shape) * int(np.dtype(dtype).itemsize) // _LINE) * _LINE
+
+
+def _panelled(shape: tuple[int, int], dtype: Any) -> tuple[int]:
+    """The elements of a panelled matrix, as a shape."""
+    W = panel_width(dtype)
+    return (shape[0] * -(-shape[1] // W) * W,)
+
+
+class _Memory:
+    """Zeroed memory to take arrays from, each on a cache line of its own.
+
+    A load that crosses two cache lines costs twice. From 2 MiB on the memory lies on huge pages
+    where the system has them: the processor then finds an address without walking page tables.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size >= _HUGE and hasattr(mmap, "MAP_ANONYMOUS"):
+            pages = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+            whole, step = np.frombuffer(pages, np.uint8), _HUGE
+        else:
+            whole, step = np.zeros(size + _LINE, np.uint8), _LINE
+        start = -whole.ctypes.data % step
+        self._left = whole[start : start + size]
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The next array."""
+        size = _bytes(shape, dtype)
+        taken, self._left = self._left[:size], self._left[size:]
+        count = math.prod(shape)
+        return taken.view(dtype)[:count].reshape(shape)
+
+
+def _work(*shapes: tuple[int, int], dtype: Any) -> list[Array]:
+    """Panelled matrices for the time of one call."""
+    memory = _Memory(sum(_bytes(_panelled(s, dtype), dtype) for s in shapes))
+    return [memory.take(_panelled(s, dtype), dtype) for s in shapes]

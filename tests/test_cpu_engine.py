@@ -1,0 +1,281 @@
+"""The ``numba`` backend as an engine: its threads, memory, caches, weights in either order."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from fastrnn.backend import Dims
+from fastrnn.backends import cpu_generate, cpu_kernels, cpu_vector, numba_cpu
+from fastrnn.backends.cpu_threads import Team, thread_count
+from fastrnn.backends.numba_cpu import NumbaBackend
+from fastrnn.decoding import Decoding
+from tests.conftest import Inputs
+
+# Sequences and columns that threads can share evenly and cannot; weights in part and whole panels.
+SHAPES = [(5, 3, 20, 37), (4, 33, 96, 70), (3, 32, 256, 131), (2, 1, 65, 40)]
+
+
+@pytest.fixture(autouse=True)
+def always_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Toy shapes too are shared among the threads."""
+    monkeypatch.setattr(numba_cpu, "_WORTH_THREADS", 0.0)
+
+
+def engine(threads: int, team: type[Team] = Team) -> NumbaBackend:
+    backend = NumbaBackend()
+    backend._team = team(threads)
+    return backend
+
+
+def train(backend: NumbaBackend, inputs: Inputs, steps: int = 3) -> list[Any]:
+    tokens = inputs.tokens(inputs.T * 4 + 50)
+    starts = (np.arange(steps * inputs.B).reshape(steps, -1) * 7 % 40).astype(np.int32)
+    dims = Dims(inputs.T, inputs.B, inputs.H, inputs.V, inputs.dtype)
+    ws = backend.workspace(dims, tokens, inputs.params())
+    backend.run_steps(ws, starts, 0.5, 0.7, True)
+    return [a.copy() for a in (ws.flat_params, ws.flat_grads, ws.h0, ws.totals)]
+
+
+def continued(backend: NumbaBackend, inputs: Inputs, sequences: int, decoding: Decoding) -> Any:
+    prefix = inputs.tokens(3 * sequences).reshape(sequences, 3)
+    lengths = np.arange(sequences, dtype=np.int32) % 3 + 1
+    params = {name: 4 * p for name, p in inputs.params().items()}
+    return backend.generate(params, prefix, lengths, 12, decoding)
+
+
+def all_equal(got: Any, want: Any) -> None:
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- threads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(shape: Any, dtype: Any) -> None:
+    alone = train(engine(1), Inputs(*shape, dtype=dtype))
+    for threads in (2, 3, 5):
+        all_equal(train(engine(threads), Inputs(*shape, dtype=dtype)), alone)
+
+
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.9, 9, 0.8, seed=3)], ids=str)
+@pytest.mark.parametrize("sequences", [1, 2, 7, 40])
+def test_any_number_of_threads_generates_the_same(sequences: int, decoding: Decoding) -> None:
+    def inputs() -> Inputs:
+        return Inputs(3, 2, 48, 101, np.float32)
+
+    alone = continued(engine(1), inputs(), sequences, decoding)
+    for threads in (2, 3):
+        all_equal(continued(engine(threads), inputs(), sequences, decoding), alone)
+
+
+class LateTeam(Team):
+    """Its other threads come late; how far the generation is by then."""
+
+    def _serve(self, tid: int, inbox: Any, sync: Any) -> None:
+        def get() -> Any:
+            job = inbox.get()
+            time.sleep(0.05)
+            self.found = int(job[1][-1].max())  # the last argument of generate: its phases
+            return job
+
+        super()._serve(tid, SimpleNamespace(get=get), sync)  # type: ignore[arg-type]
+
+
+def test_generation_does_not_wait_for_a_late_thread() -> None:
+    inputs = Inputs(3, 2, 48, 101, np.float32)
+    want = continued(engine(1), inputs, 1, Decoding())
+    inputs, backend = Inputs(3, 2, 48, 101, np.float32), engine(2, LateTeam)
+    all_equal(continued(backend, inputs, 1, Decoding()), want)
+    # Packing, a state for each of 3 + 12 - 1 characters, 12 times logits: all done.
+    assert backend._team.found == 1 + 14 + 12  # type: ignore[attr-defined]
+
+
+def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = int(numba.config.NUMBA_NUM_THREADS)
+    for value, want in {"1": 1, "1,2": 1, "1000": cores, "many": cores, "": cores}.items():
+        monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert thread_count() == want, value
+    code = "import fastrnn; print(fastrnn.open_backend('numba').describe()['threads'])"
+    env = {**os.environ, "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "7"}
+    shown = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
+    assert shown.stdout.split() == [b"1"]
+
+
+def test_callers_on_many_python_threads_share_one_team() -> None:
+    backend, inputs = engine(2), Inputs(*SHAPES[1], np.float32)
+    want, got, before = train(backend, inputs), {}, threading.active_count()
+
+    def work(i: int) -> None:
+        got[i] = [train(backend, Inputs(*SHAPES[1], np.float32)) for _ in range(5)]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    assert threading.active_count() <= before + len(workers)
+    for worker in workers:
+        worker.join()
+    assert sorted(got) == [0, 1, 2, 3]
+    for runs in got.values():
+        for run in runs:
+            all_equal(run, want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    code = """
+import os, sys
+import numpy as np
+from tests import test_cpu_engine as t
+from fastrnn.backends import numba_cpu
+numba_cpu._WORTH_THREADS = 0.0
+backend, inputs = t.engine(2), t.Inputs(*t.SHAPES[1], np.float32)
+want = t.train(backend, inputs)
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        t.all_equal(t.train(backend, t.Inputs(*t.SHAPES[1], np.float32)), want)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+t.all_equal(t.train(backend, t.Inputs(*t.SHAPES[1], np.float32)), want)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_an_interrupted_call_leaves_a_team_that_works() -> None:
+    backend, inputs = engine(3), Inputs(*SHAPES[1], np.float32)
+    want = train(backend, inputs)
+
+    def interrupted(tid: int, *_: Any) -> None:
+        if tid == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        backend._team.run(interrupted, threads=3)
+    all_equal(train(backend, Inputs(*SHAPES[1], np.float32)), want)
+
+
+def test_idle_threads_sleep() -> None:
+    backend = engine(2)
+    train(backend, Inputs(*SHAPES[1], np.float32))
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_training_needs_little_more_memory_than_the_model_and_its_activations() -> None:
+    code = """
+import resource
+import numpy as np
+from tests import test_cpu_engine as t
+from fastrnn.backend import Dims
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+def steps(dims, tokens, params):
+    ws = backend.workspace(dims, tokens, params)
+    backend.run_steps(ws, np.zeros((3, dims.B), np.int32), 1.0, 0.01, True)
+    return ws
+
+backend = t.engine(2)
+small = t.Inputs(3, 4, 16, 30, np.float32)
+kept = steps(Dims(3, 4, 16, 30), small.tokens(100), small.params())
+dims = Dims(35, 32, 256, 1027)
+model = t.Inputs(35, 32, 256, 1027, np.float32)
+tokens, params = model.tokens(100), model.params()
+before = resident()
+ws = steps(dims, tokens, params)
+activations = dims.T * dims.B * (2 * dims.H + dims.V)  # h, its gradient, logits
+print((resident() - before) / (4 * (2 * dims.flat_size + activations)))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert float(shown.stdout) < 1.3
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_do_not_grow_the_process() -> None:
+    code = """
+import resource
+import numpy as np
+from tests import test_cpu_engine as t
+from fastrnn.backend import Dims
+from fastrnn.decoding import Decoding
+backend, inputs = t.engine(2), t.Inputs(3, 4, 16, 30, np.float32)
+ws = backend.workspace(Dims(3, 4, 16, 30), inputs.tokens(100), inputs.params())
+starts = np.arange(4, dtype=np.int32)[None]
+
+def steps(n):
+    for _ in range(n):
+        backend.run_steps(ws, starts, 0.1, 0.01, True)
+        backend.generate(ws.params, starts[:1, :2], np.full(1, 2, np.int32), 2, Decoding())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+before = steps(500)
+print(steps(10_000) - before)
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, timeout=300
+    )
+    assert int(shown.stdout) < 1 << 20
+
+
+# --- caches of compiled code -----------------------------------------------------------------
+
+
+def test_compiled_code_is_marked_with_everything_it_was_made_from() -> None:
+    for function in (cpu_generate.generate, cpu_kernels.run_steps, cpu_vector.tile_rows):
+        assert function._cache._cache_file._source_stamp == cpu_vector._stamp()
+
+
+def test_the_mark_changes_with_any_of_the_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    before = cpu_vector._stamp()
+    folder = os.path.dirname(cpu_vector.__file__)
+    for name in sorted(n for n in os.listdir(folder) if n.startswith("cpu_")):
+        for other in (n for n in os.listdir(folder) if n.startswith("cpu_")):
+            with open(os.path.join(folder, other), "rb") as file:
+                text = file.read()
+            (tmp_path / other).write_bytes(text + b"\n" * (other == name))
+        monkeypatch.setattr(cpu_vector, "__file__", str(tmp_path / "cpu_vector.py"))
+        assert cpu_vector._stamp() != before, name
+        monkeypatch.undo()
+
+
+# --- weights in either order -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_in_fortran_order_and_no_gradient_of_them(shape: Any, dtype: Any) -> None:
+    inputs, backend = Inputs(*shape, dtype=dtype), engine(2)
+    z, dh = (inputs.rng.standard_normal(shape[:3]).astype(dtype) for _ in range(2))
+    h0, W_hh = np.zeros(shape[1:3], dtype), inputs.params()["W_hh"]
+    h = backend.recurrence(z, W_hh, h0)
+    turned = np.asfortranarray(W_hh)
+    np.testing.assert_array_equal(backend.recurrence(z, turned, h0), h)
+    want = backend.recurrence_backward(dh, h, W_hh, h0)
+    all_equal(backend.recurrence_backward(dh, h, turned, h0), want)
+    dz, dh0 = np.empty_like(z), np.empty_like(h0)
+    backend.recurrence_backward(dh, h, turned, h0, out=(dz, None, dh0))
+    all_equal((dz, dh0), (want[0], want[2]))
+    backend.recurrence(z, turned, h0, out=z)
+    np.testing.assert_array_equal(z, h)
