@@ -64,9 +64,10 @@ def all_equal(got: Any, want: Any) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(shape: Any, dtype: Any) -> None:
-    alone = train(engine(1), Inputs(*shape, dtype=dtype))
+    T, B, H, V = shape
+    alone = train(engine(1), Inputs(T, B, H, V, dtype))
     for threads in (2, 3, 5):
-        all_equal(train(engine(threads), Inputs(*shape, dtype=dtype)), alone)
+        all_equal(train(engine(threads), Inputs(T, B, H, V, dtype)), alone)
 
 
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.9, 9, 0.8, seed=3)], ids=str)
@@ -266,9 +267,10 @@ def test_the_mark_changes_with_any_of_the_sources(
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weights_in_fortran_order_and_no_gradient_of_them(shape: Any, dtype: Any) -> None:
-    inputs, backend = Inputs(*shape, dtype=dtype), engine(2)
-    z, dh = (inputs.rng.standard_normal(shape[:3]).astype(dtype) for _ in range(2))
-    h0, W_hh = np.zeros(shape[1:3], dtype), inputs.params()["W_hh"]
+    T, B, H, V = shape
+    inputs, backend = Inputs(T, B, H, V, dtype), engine(2)
+    z, dh = inputs.array(T, B, H), inputs.array(T, B, H)
+    h0, W_hh = np.zeros((B, H), dtype), inputs.params()["W_hh"]
     h = backend.recurrence(z, W_hh, h0)
     turned = np.asfortranarray(W_hh)
     np.testing.assert_array_equal(backend.recurrence(z, turned, h0), h)
