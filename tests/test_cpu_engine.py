@@ -88,7 +88,7 @@ class LateTeam(Team):
         def get() -> Any:
             job = inbox.get()
             time.sleep(0.05)
-            self.found = int(job[1][-1].max())  # the last argument of generate: its phases
+            self.found = int(job[1][-1][0].max())  # the last argument of generate: claims
             return job
 
         super()._serve(tid, SimpleNamespace(get=get), sync)  # type: ignore[arg-type]
@@ -99,8 +99,8 @@ def test_generation_does_not_wait_for_a_late_thread() -> None:
     want = continued(engine(1), inputs, 1, Decoding())
     inputs, backend = Inputs(3, 2, 48, 101, np.float32), engine(2, LateTeam)
     all_equal(continued(backend, inputs, 1, Decoding()), want)
-    # Packing, a state for each of 3 + 12 - 1 characters, 12 times logits: all done.
-    assert backend._team.found == 1 + 14 + 12  # type: ignore[attr-defined]
+    # A state for each of 3 + 12 - 1 characters, and 12 times logits: all done.
+    assert backend._team.found == 14 + 12  # type: ignore[attr-defined]
 
 
 def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,10 +136,10 @@ def _scores(like, size, H, V, hq_at, bias_q, states_at, logits, S, s0, s1, p0, p
 
 
 @jit
-def _best(s, nt, top):
-    """Which share of the vocabulary has the first of the largest logits of sequence s."""
+def _best(s, parts, top):
+    """Which part of the vocabulary has the first of the largest logits of sequence s."""
     best = 0
-    for other in range(1, nt):
+    for other in range(1, parts):
         if top[other, s] > top[best, s]:
             best = other
     return best
@@ -153,10 +153,12 @@ def generate(
 ):  # fmt: skip
     """Continue S sequences; h ``[S, H]`` is the state before and after.
 
-    states: panels of 2 S rows; logits: panels of S rows. row ``[nt, V]``, weights ``[nt, V + 2]``,
-    fed, best, where ``[nt, S]``: of each thread or share. With few sequences the threads share the
-    columns of each, and nobody waits for a thread that is late; otherwise each has its own
-    sequences and they never meet.
+    states: panels of 2 S rows; logits: panels of S rows. Of each thread: row ``[nt, V]``, weights
+    ``[nt, V + 2]``, fed ``[nt, S]``. Of each part of the vocabulary: best, where ``[nt, nt, S]``.
+    claims: of the packing and of each crew.
+
+    With few sequences all threads are one crew: each has a part of the columns, and none waits for
+    a thread that is late. Otherwise a thread is a crew of its own, with a share of the sequences.
     """
     if not begin(tid, nt, sync):
         return
@@ -167,12 +169,9 @@ def generate(
     N = tokens.shape[1]
     H_panels, V_panels = panels(H, size), panels(V, size)
     hh_at, hq_at, states_at = address(packed_hh), address(packed_hq), address(states)
-    shared = nt > 1 and 4 * nt > S
-    greedy = temperature == 0.0
-    phase = 1
     for k in range(nt):
         part = (tid + k) % nt
-        if take(part, phase, claims):
+        if take(part, 1, claims[nt]):
             p0, p1 = share(H_panels, part, nt)
             pack(like, size, 0, H, H, address(W_hh), H, hh_at, H, 0, p0, p1)
             pack(like, size, 0, S, H, address(h), H, states_at, 2 * S, 0, p0, p1)
@@ -180,89 +179,76 @@ def generate(
             p0, p1 = share(V_panels, part, nt)
             pack(like, size, 0, H, V, address(W_hq), V, hq_at, H, 0, p0, p1)
             pad(b_q, bias_q, p0, p1)
-            finish(part, phase, claims)
-    finished(phase, nt, claims)
-    s0, s1 = 0, S
-    if not shared:
-        s0, s1 = share(S, tid, nt)
-    names = fed[tid]
+            finish(part, 1, claims[nt])
+    finished(1, nt, claims[nt])
+    crews = 1 if 4 * nt > S else nt
+    crew, me, parts = tid % crews, tid // crews, nt // crews
+    s0, s1 = share(S, crew, crews)
+    top, at, phases, names = best[crew], where[crew], claims[crew], fed[tid]
+    phase = 0
     for i in range(P + N - 1):
         new = states_at + (i + 1) % 2 * S * W * size
         step = i - (P - 1)
         # The state after one more character: of the prefix, or what was chosen last.
         phase += 1
-        for k in range(nt if shared else 1):
-            part, p0, p1 = tid, 0, H_panels
-            if shared:
-                part = (tid + k) % nt
-                if not take(part, phase, claims):
-                    continue
-                p0, p1 = share(H_panels, part, nt)
+        for k in range(parts):
+            part = (me + k) % parts
+            if not take(part, phase, phases):
+                continue
+            p0, p1 = share(H_panels, part, parts)
             for s in range(s0, s1):
                 if i < P:
                     names[s] = prefix[s, i]
                 else:
-                    if shared and greedy:
-                        tokens[s, step - 1] = where[_best(s, nt, best), s]
+                    if temperature == 0.0:
+                        tokens[s, step - 1] = at[_best(s, parts, top), s]
                     names[s] = tokens[s, step - 1]
             _state(like, size, H, W_xh, hh_at, bias_h, states_at, S, i, names, s0, s1, p0, p1)
             if i < P:
                 _keep(states, W, S, i, lengths, s0, s1, p0, p1)
-            if shared:
-                finish(part, phase, claims)
-        if shared:
-            finished(phase, nt, claims)
+            finish(part, phase, phases)
+        finished(phase, parts, phases)
         if step < 0:
             continue
         # The logits.
         phase += 1
-        for k in range(nt if shared else 1):
-            part, p0, p1 = tid, 0, V_panels
-            if shared:
-                part = (tid + k) % nt
-                if not take(part, phase, claims):
-                    continue
-                p0, p1 = share(V_panels, part, nt)
+        for k in range(parts):
+            part = (me + k) % parts
+            if not take(part, phase, phases):
+                continue
+            p0, p1 = share(V_panels, part, parts)
             _scores(
-                like, size, H, V, hq_at, bias_q, new, logits, S, s0, s1, p0, p1, best[part],
-                where[part],
-            )  # fmt: skip
-            if shared:
-                finish(part, phase, claims)
-        if shared:
-            finished(phase, nt, claims)
-        elif greedy:
-            for s in range(s0, s1):
-                tokens[s, step] = where[tid, s]
-        if greedy:
+                like, size, H, V, hq_at, bias_q, new, logits, S, s0, s1, p0, p1, top[part], at[part]
+            )
+            finish(part, phase, phases)
+        finished(phase, parts, phases)
+        if temperature == 0.0:
             continue
         # A character drawn from them.
         phase += 1
-        for k in range(nt if shared else 1):
-            part, first, last = tid, s0, s1
-            if shared:
-                part = (tid + k) % nt
-                if not take(part, phase, claims):
-                    continue
-                first, last = share(S, part, nt)
-            for s in range(first, last):
+        for k in range(parts):
+            part = (me + k) % parts
+            if not take(part, phase, phases):
+                continue
+            first, last = share(s1 - s0, part, parts)
+            for s in range(s0 + first, s0 + last):
                 for v in range(V):
                     row[tid, v] = logits[((v // W) * S + s) * W + v % W]
                 u = uniform(seed, sequence + s, position + step)
-                top = best[_best(s, nt, best) if shared else tid, s]
-                tokens[s, step] = _choose(row[tid], top, temperature, top_k, top_p, u, weights[tid])
-            if shared:
-                finish(part, phase, claims)
-        if shared:
-            finished(phase, nt, claims)
+                tokens[s, step] = _choose(
+                    row[tid], top[_best(s, parts, top), s], temperature, top_k, top_p, u,
+                    weights[tid],
+                )  # fmt: skip
+            finish(part, phase, phases)
+        finished(phase, parts, phases)
     barrier(tid, nt, sync)
+    if temperature == 0.0 and me == 0:
+        for s in range(s0, s1):
+            tokens[s, N - 1] = at[_best(s, parts, top), s]
     p0, p1 = share(H_panels, tid, nt)
-    if shared and greedy and tid == 0:
-        for s in range(S):
-            tokens[s, N - 1] = where[_best(s, nt, best), s]
-    at = (P + N - 1) % 2 * S
+    last = (P + N - 1) % 2 * S
     for p in range(p0, p1):
         for s in range(S):
             for j in range(min(W, H - p * W)):
-                h[s, p * W + j] = states[(p * 2 * S + at + s) * W + j]
+                h[s, p * W + j] = states[(p * 2 * S + last + s) * W + j]
     barrier(tid, nt, sync)

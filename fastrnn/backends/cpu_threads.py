@@ -137,9 +137,9 @@ def barrier(tid, nt, sync):
 # last phase, counted from 1, that somebody took it for, and the last one that it is done for.
 
 
-def claims(size: int) -> NDArray[np.int64]:
-    """Shared memory of :func:`take`, :func:`finish` and :func:`finished` for ``size`` shares."""
-    return np.zeros(2 * _LINE * (size + 1), np.int64)
+def claims(rows: int, shares: int) -> NDArray[np.int64]:
+    """``rows`` times the memory of :func:`take`, :func:`finish`, :func:`finished`."""
+    return np.zeros((rows, 2 * _LINE * (shares + 1)), np.int64)
 
 
 @jit

@@ -264,9 +264,9 @@ class NumbaBackend(Backend):
             np.empty((threads, V), dtype),
             np.empty((threads, V + 2)),
             np.empty((threads, S), np.int32),
-            np.empty((threads, S), dtype),
-            np.empty((threads, S), np.int64),
-            claims(threads),
+            np.empty((threads, threads, S), dtype),
+            np.empty((threads, threads, S), np.int64),
+            claims(threads + 1, threads),
         )
         return tokens, h
 
