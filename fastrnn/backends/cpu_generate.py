@@ -37,20 +37,19 @@ def uniform(seed, sequence, position):
 
 
 @jit
-def _choose(logits, top, temperature, top_k, top_p, u, weights):
+def _choose(V, weights, top_k, top_p, u):
     """:func:`fastrnn.decoding.choose` for a temperature above zero.
 
-    top: the largest of the logits. weights: float64 scratch of V and two more.
+    weights: float64, V scores ``(logit - max) / temperature``, and scratch for two more.
     """
-    V = len(logits)
-    for v in range(V):
-        weights[v] = (np.float64(logits[v]) - np.float64(top)) / temperature
+    order = np.empty(0, np.int64)
+    if 0 < top_k < V or top_p < 1.0:
+        order = np.argsort(-weights[:V], kind="mergesort")  # stable: ties to the lowest index
     weights[V] = 0.0
     at, W = address(weights), 2 * VECTOR_BYTES // 8
     exp_rows(weights[V], 1, V, at, W, 0, at, W, 0, at + V * 8, at + (V + 1) * 8)
     total = weights[V + 1]
-    if 0 < top_k < V or top_p < 1.0:
-        order = np.argsort(-logits, kind="mergesort")  # stable: ties to the lowest index
+    if len(order) > 0:
         kept = V
         if 0 < top_k < V:
             kept = top_k
@@ -148,14 +147,14 @@ def _best(s, parts, top):
 @jit
 def generate(
     tid, nt, sync, W_xh, W_hh, b_h, W_hq, b_q, prefix, lengths, h, temperature, top_k, top_p,
-    seed, sequence, position, tokens, packed_hh, packed_hq, bias_h, bias_q, states, logits, row,
+    seed, sequence, position, tokens, packed_hh, packed_hq, bias_h, bias_q, states, logits,
     weights, fed, best, where, claims
 ):  # fmt: skip
     """Continue S sequences; h ``[S, H]`` is the state before and after.
 
-    states: panels of 2 S rows; logits: panels of S rows. Of each thread: row ``[nt, V]``, weights
-    ``[nt, V + 2]``, fed ``[nt, S]``. Of each part of the vocabulary: best, where ``[nt, nt, S]``.
-    claims: of the packing and of each crew.
+    states: panels of 2 S rows; logits: panels of S rows. Of each thread: weights ``[nt, V + 2]``,
+    fed ``[nt, S]``. Of each part of the vocabulary: best, where ``[nt, nt, S]``. claims: of each
+    crew, and of the packing.
 
     With few sequences all threads are one crew: each has a part of the columns, and none waits for
     a thread that is late. Otherwise a thread is a crew of its own, with a share of the sequences.
@@ -232,13 +231,13 @@ def generate(
                 continue
             first, last = share(s1 - s0, part, parts)
             for s in range(s0 + first, s0 + last):
-                for v in range(V):
-                    row[tid, v] = logits[((v // W) * S + s) * W + v % W]
+                largest, scores = np.float64(top[_best(s, parts, top), s]), weights[tid]
+                for p in range(V_panels):
+                    for j in range(min(W, V - p * W)):
+                        score = np.float64(logits[(p * S + s) * W + j]) - largest
+                        scores[p * W + j] = score / temperature
                 u = uniform(seed, sequence + s, position + step)
-                tokens[s, step] = _choose(
-                    row[tid], top[_best(s, parts, top), s], temperature, top_k, top_p, u,
-                    weights[tid],
-                )  # fmt: skip
+                tokens[s, step] = _choose(V, scores, top_k, top_p, u)
             finish(part, phase, phases)
         finished(phase, parts, phases)
     barrier(tid, nt, sync)

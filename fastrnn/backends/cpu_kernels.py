@@ -247,8 +247,9 @@ def multiply(like, size, R, i0, i1, K, N, A, a_panel, packed, bias, C, c_panel):
         k = depth * part // parts * W
         left = min(K, depth * (part + 1) // parts * W) - k
         for p in range(panels(N, size)):
+            end = R * i0 // count
             for i in range(i0, i1):
-                r = R * i // count
+                r, end = end, R * (i + 1) // count
                 out = C + (p * c_panel + r * W) * size
                 init, init_row = out, W
                 if part == 0:
@@ -256,7 +257,7 @@ def multiply(like, size, R, i0, i1, K, N, A, a_panel, packed, bias, C, c_panel):
                     if bias != 0:
                         init = bias + p * W * size
                 tile_rows(
-                    like, R * (i + 1) // count - r, A + (k // W * a_panel + r * W) * size, a_panel,
+                    like, end - r, A + (k // W * a_panel + r * W) * size, a_panel,
                     left, packed + (p * K + k) * W * size, init, init_row, out,
                 )  # fmt: skip
 
@@ -310,7 +311,6 @@ def outer(
                 squares(like, 1, n, 0, here, n, partial + (units + p) * 8)
         if not first <= unit < last:
             continue
-        count = tiles(height)
         to = C + (q * W * N + p * W) * size
         held, more = 0, 1 if adds else 0
         for g in range(groups):
@@ -321,11 +321,10 @@ def outer(
             spans = (R + SPAN - 1) // SPAN
             for s in range(spans):
                 r, rows = b * T + R * s // spans, R * (s + 1) // spans - R * s // spans
-                for j in range(count):
-                    m = height * j // count
+                for m in range(0, height, MR):
                     here = block + m * W * size
                     tile_columns(
-                        like, height * (j + 1) // count - m,
+                        like, min(MR, height - m),
                         A + (q * a_panel + (r + later) * W + m) * size, rows,
                         E + (p * e_panel + r * W) * size, here if held else 0, W, here,
                     )  # fmt: skip

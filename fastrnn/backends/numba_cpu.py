@@ -261,7 +261,6 @@ class NumbaBackend(Backend):
             position,
             tokens,
             *_work((H, H), (H, V), (1, H), (1, V), (2 * S, H), (S, V), dtype=dtype),
-            np.empty((threads, V), dtype),
             np.empty((threads, V + 2)),
             np.empty((threads, S), np.int32),
             np.empty((threads, threads, S), dtype),
