@@ -11,7 +11,7 @@ import contextlib
 import math
 import mmap
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -28,6 +28,9 @@ from fastrnn.decoding import Decoding
 _WORTH_THREADS = 8e6
 """Operations (a multiply-add counts two) from which waking the other threads pays."""
 
+_KEPT_CALLS, _KEPT_BYTES = 4, 4 << 20
+"""Calls whose work memory is kept for the next of their kind, and how much of it at the most."""
+
 _LINE = 64
 """Bytes of a cache line: a load that crosses two costs twice."""
 
@@ -39,6 +42,7 @@ class NumbaBackend(Backend):
 
     def __init__(self) -> None:
         self._team = Team(thread_count())
+        self._spare: dict[Any, list[Array]] = {}
 
     # --- memory ---
 
@@ -97,16 +101,17 @@ class NumbaBackend(Backend):
     def recurrence(self, z: Array, W_hh: Array, h0: Array, out: Array | None = None) -> Array:
         T, B, H = z.shape
         h = np.empty_like(z) if out is None else out
-        self._run(
-            2 * T * B * H * H,
-            kernels.recurrence,
-            B,
-            z.reshape(-1, H),
-            W_hh,
-            h0,
-            h.reshape(-1, H),
-            *_work((H, H), (2 * B, H), dtype=z.dtype),
-        )
+        with self._work((H, H), (2 * B, H), dtype=z.dtype) as work:
+            self._run(
+                2 * T * B * H * H,
+                kernels.recurrence,
+                B,
+                z.reshape(-1, H),
+                W_hh,
+                h0,
+                h.reshape(-1, H),
+                *work,
+            )
         return h
 
     def recurrence_backward(
@@ -124,40 +129,41 @@ class NumbaBackend(Backend):
         span = min(T, max(1, 2 * kernels.SPAN // B))
         rows = (span + 1) * B
         shapes = (H, H), (rows * wanted, H), (rows, H)
-        packed, h_panels, dz_panels = _work(*shapes, dtype=h.dtype)
-        self._run(
-            (4 if wanted else 2) * T * B * H * H,
-            kernels.recurrence_backward,
-            B,
-            dh.reshape(-1, H),
-            h.reshape(-1, H),
-            W_hh,
-            h0,
-            dz.reshape(-1, H),
-            dW_hh if wanted else np.empty((0, 0), h.dtype),
-            dh0,
-            packed,
-            span,
-            h_panels,
-            dz_panels,
-            self._scratch(h.dtype),
-        )
+        with self._work(*shapes, dtype=h.dtype) as (packed, h_panels, dz_panels):
+            self._run(
+                (4 if wanted else 2) * T * B * H * H,
+                kernels.recurrence_backward,
+                B,
+                dh.reshape(-1, H),
+                h.reshape(-1, H),
+                W_hh,
+                h0,
+                dz.reshape(-1, H),
+                dW_hh if wanted else np.empty((0, 0), h.dtype),
+                dh0,
+                packed,
+                span,
+                h_panels,
+                dz_panels,
+                self._scratch(h.dtype),
+            )
         return dz, dW_hh, dh0
 
     def project(self, h: Array, W_hq: Array, b_q: Array, out: Array | None = None) -> Array:
         T, B, H = h.shape
         V = len(b_q)
         logits = np.empty((T, B, V), h.dtype) if out is None else out
-        self._run(
-            2 * T * B * H * V,
-            kernels.project,
-            h.reshape(-1, H),
-            W_hq,
-            b_q,
-            logits.reshape(-1, V),
-            *_work((T * B, H), (H, V), (1, V), dtype=h.dtype),
-            self._scratch(h.dtype),
-        )
+        with self._work((T * B, H), (H, V), (1, V), dtype=h.dtype) as work:
+            self._run(
+                2 * T * B * H * V,
+                kernels.project,
+                h.reshape(-1, H),
+                W_hq,
+                b_q,
+                logits.reshape(-1, V),
+                *work,
+                self._scratch(h.dtype),
+            )
         return logits
 
     def project_backward(
@@ -170,18 +176,19 @@ class NumbaBackend(Backend):
         T, B, H = h.shape
         V = W_hq.shape[1]
         dh, dW_hq, db_q = out or (np.empty_like(h), np.empty_like(W_hq), np.empty(V, h.dtype))
-        self._run(
-            4 * T * B * H * V,
-            kernels.project_backward,
-            dlogits.reshape(-1, V),
-            h.reshape(-1, H),
-            W_hq,
-            dh.reshape(-1, H),
-            dW_hq,
-            db_q,
-            *_work((T * B, H), (T * B, V), (V, H), dtype=h.dtype),
-            self._scratch(h.dtype),
-        )
+        with self._work((T * B, H), (T * B, V), (V, H), dtype=h.dtype) as work:
+            self._run(
+                4 * T * B * H * V,
+                kernels.project_backward,
+                dlogits.reshape(-1, V),
+                h.reshape(-1, H),
+                W_hq,
+                dh.reshape(-1, H),
+                dW_hq,
+                db_q,
+                *work,
+                self._scratch(h.dtype),
+            )
         return dh, dW_hq, db_q
 
     def cross_entropy(
@@ -242,31 +249,33 @@ class NumbaBackend(Backend):
         h = np.zeros((S, H), dtype) if h0 is None else np.array(h0, dtype, order="C")
         tokens = np.empty((S, num_tokens), np.int32)
         threads = self._team.size
-        self._run(
-            2 * S * H * (H * (prefix.shape[1] + num_tokens) + V * num_tokens),
-            generate,
-            W_xh,
-            W_hh,
-            params["b_h"],
-            W_hq,
-            params["b_q"],
-            np.ascontiguousarray(prefix, np.int32),
-            np.ascontiguousarray(lengths, np.int32),
-            h,
-            float(decoding.temperature),
-            int(decoding.top_k),
-            float(decoding.top_p),
-            np.uint64(decoding.seed),
-            sequence,
-            position,
-            tokens,
-            *_work((H, H), (H, V), (1, H), (1, V), (2 * S, H), (S, V), dtype=dtype),
-            np.empty((threads, V + 2)),
-            np.empty((threads, S), np.int32),
-            np.empty((threads, threads, S), dtype),
-            np.empty((threads, threads, S), np.int64),
-            claims(threads + 1, threads),
-        )
+        shapes = (H, H), (H, V), (1, H), (1, V), (2 * S, H), (S, V)
+        with self._work(*shapes, dtype=dtype) as work:
+            self._run(
+                2 * S * H * (H * (prefix.shape[1] + num_tokens) + V * num_tokens),
+                generate,
+                W_xh,
+                W_hh,
+                params["b_h"],
+                W_hq,
+                params["b_q"],
+                np.ascontiguousarray(prefix, np.int32),
+                np.ascontiguousarray(lengths, np.int32),
+                h,
+                float(decoding.temperature),
+                int(decoding.top_k),
+                float(decoding.top_p),
+                np.uint64(decoding.seed),
+                sequence,
+                position,
+                tokens,
+                *work,
+                np.empty((threads, V + 2)),
+                np.empty((threads, S), np.int32),
+                np.empty((threads, threads, S), dtype),
+                np.empty((threads, threads, S), np.int64),
+                claims(threads + 1, threads),
+            )
         return tokens, h
 
     # --- the training step ---
@@ -389,6 +398,24 @@ class NumbaBackend(Backend):
         threads = self._team.size if operations >= _WORTH_THREADS else 1
         self._team.run(function, *arguments, threads=threads)
 
+    @contextlib.contextmanager
+    def _work(self, *shapes: tuple[int, int], dtype: Any) -> Iterator[list[Array]]:
+        """Panelled matrices for the time of one call, whose padding is zero.
+
+        The memory of a few calls is kept for calls of the same shapes: the system takes
+        longer to hand out fresh pages than a short call to run.
+        """
+        key = (shapes, np.dtype(dtype))
+        arrays = self._spare.pop(key, None)
+        if arrays is None:
+            memory = _Memory(sum(_bytes(_panelled(s, dtype), dtype) for s in shapes))
+            arrays = [memory.take(_panelled(s, dtype), dtype) for s in shapes]
+        yield arrays
+        if sum(a.nbytes for a in arrays) <= _KEPT_BYTES:
+            if len(self._spare) >= _KEPT_CALLS:
+                self._spare.clear()
+            self._spare[key] = arrays
+
     def _scratch(self, dtype: Any) -> Array:
         """Of each thread: a square of a panel's width or a tile, and three numbers a tile's row."""
         W = panel_width(dtype)
@@ -440,9 +467,3 @@ class _Memory:
         taken, self._left = self._left[:size], self._left[size:]
         count = math.prod(shape)
         return taken.view(dtype)[:count].reshape(shape)
-
-
-def _work(*shapes: tuple[int, int], dtype: Any) -> list[Array]:
-    """Panelled matrices for the time of one call."""
-    memory = _Memory(sum(_bytes(_panelled(s, dtype), dtype) for s in shapes))
-    return [memory.take(_panelled(s, dtype), dtype) for s in shapes]

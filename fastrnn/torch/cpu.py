@@ -30,6 +30,7 @@ class TorchNumbaBackend(NumbaBackend):
     """The numba backend on ``threads`` threads of torch."""
 
     def __init__(self, threads: int) -> None:
+        super().__init__()
         openmp = openmp_entries()
         self._team = Team(threads) if openmp is None else OpenMPTeam(threads, openmp)
 
