@@ -871,6 +871,8 @@ def measure(
                 once = min(worker.ask(do="time", units=1, repeats=3)["seconds"])
                 least = CONTINUATION if workload.startswith("generate") else 1
                 units = max(least, round(2e-3 / once))
+                if units > 1:  # what a call does once is now in the time of many units
+                    once = min(worker.ask(do="time", units=units, repeats=3)["seconds"])
                 shares[name] = (units, max(3, min(500, int(turn_seconds / (units * once)))))
         for i in range(rounds):
             names = [n for n in workers if n in shares and rows[n].status == "ok"]
