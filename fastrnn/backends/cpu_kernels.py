@@ -306,7 +306,7 @@ def outer(
         n, height = min(W, N - p * W), min(W, M - q * W)
         if q == q0 and sums != 0 and p % nt == tid:
             here = sums + p * W * size
-            column_sums(like, T * B, n, E + p * e_panel * size, here)
+            column_sums(like, T * B, n, E + p * e_panel * size, W, here)
             if partial != 0:
                 squares(like, 1, n, 0, here, n, partial + (units + p) * 8)
         if not first <= unit < last:
@@ -537,7 +537,7 @@ def run_steps(
             count = counts[1 - old]
             for p in range(hp0, hp1):
                 n, at = min(W, H - p * W), address(dW_xh) + p * W * size
-                scatter(like, R, n, address(x), dz_at + p * panel * size, at, H)
+                scatter(like, R, n, address(x), dz_at + p * panel * size, W, at, H)
                 squares(like, count, n, names, at, H, squares_at + (of_xh + p) * 8)
             barrier(tid, nt, sync)
             total = 0.0
@@ -604,19 +604,20 @@ def gather(tid, nt, sync, W_xh, tokens, b_h, z):
 
 @jit
 def gather_backward(tid, nt, sync, dz, tokens, dW_xh, db_h):
-    """Each thread owns some columns and adds rows in the order of time."""
+    """Each thread owns some columns and adds rows in the order of time. dz ``[R, H]``."""
     if not begin(tid, nt, sync):
         return
-    first, last = share(len(db_h), tid, nt)
+    size, like = dz.itemsize, dz.dtype.type(0)
+    W = 2 * VECTOR_BYTES // size
+    R, H = dz.shape
+    p0, p1 = share(panels(H, size), tid, nt)
     for v in range(len(dW_xh)):
-        dW_xh[v, first:last] = 0
-    db_h[first:last] = 0
-    for r in range(len(tokens)):
-        v = tokens[r]
-        for j in range(first, last):
-            dW_xh[v, j] += dz[r, j]
-        for j in range(first, last):
-            db_h[j] += dz[r, j]
+        for j in range(p0 * W, min(H, p1 * W)):
+            dW_xh[v, j] = 0
+    for p in range(p0, p1):
+        n, at = min(W, H - p * W), p * W * size
+        scatter(like, R, n, address(tokens), address(dz) + at, H, address(dW_xh) + at, H)
+        column_sums(like, R, n, address(dz) + at, H, address(db_h) + at)
     barrier(tid, nt, sync)
 
 
@@ -793,6 +794,6 @@ def sgd(tid, nt, sync, p, g, lr):
     if not begin(tid, nt, sync):
         return
     first, last = share(len(p), tid, nt)
-    for i in range(first, last):
-        p[i] -= lr * g[i]
+    n, at = last - first, first * p.itemsize
+    update(lr, 1, n, 0, address(p) + at, n, address(g) + at, n, p.dtype.type(1), lr)
     barrier(tid, nt, sync)

@@ -682,37 +682,40 @@ def _emit_pack(e: _Emitter, arguments: Any) -> None:
                 e.store(row, e.at(turned, (j * e.L + i) * e.W), here)
 
 
-@_once("scatter", "iitppi")
+@_once("scatter", "iitpipi")
 def _emit_scatter(e: _Emitter, arguments: Any) -> None:
     """``D[TOKENS[i]] += S[i]`` for m rows in order, n <= W columns.
 
-    Arguments: m, n, TOKENS, S (rows of W elements), D, elements between its rows.
+    Arguments: m, n, TOKENS, S, elements between its rows, D, elements between its rows.
     """
-    m, n, tokens, S, D, d_row = arguments
+    m, n, tokens, S, s_row, D, d_row = arguments
     masks = e.masks(n)
 
     def row(i: Any) -> None:
         to = e.at(D, e.b.mul(e.b.sext(e.b.load(e.at(tokens, i)), _I64), d_row))
         for j, mask in enumerate(masks):
-            value = e.load(e.at(S, e.b.mul(i, _int(e.W)), j * e.L))
+            value = e.load(e.at(S, e.b.mul(i, s_row), j * e.L), mask)
             e.store(e.b.fadd(e.load(e.at(to, j * e.L), mask), value), e.at(to, j * e.L), mask)
 
     e.loop(_int(0), m, 1, row)
 
 
-@_once("column_sums", "iipp")
+@_once("column_sums", "iipip")
 def _emit_column_sums(e: _Emitter, arguments: Any) -> None:
-    """The sums over m rows of a panel, its first n columns. Arguments: m, n, S, OUT."""
-    m, n, S, out = arguments
-    chains = 4
+    """The sums over m rows of n <= W columns.
+
+    Arguments: m, n, S, elements between its rows, OUT.
+    """
+    m, n, S, s_row, out = arguments
+    chains, masks = 4, e.masks(n)
     sums = [[e.variable(e.splat(0.0)) for _ in range(2)] for _ in range(chains)]
 
     def rows(count: int) -> Callable[[Any], None]:
         def body(i: Any) -> None:
-            at = e.at(S, e.b.mul(i, _int(e.W)))
             for c in range(count):
+                at = e.at(S, e.b.mul(e.b.add(i, _int(c)), s_row))
                 for j, slot in enumerate(sums[c]):
-                    value = e.load(e.at(at, c * e.W + j * e.L))
+                    value = e.load(e.at(at, j * e.L), masks[j])
                     e.b.store(e.b.fadd(e.b.load(slot), value), slot)
 
         return body
@@ -720,7 +723,7 @@ def _emit_column_sums(e: _Emitter, arguments: Any) -> None:
     whole = e.b.and_(m, _int(-chains))
     e.loop(_int(0), whole, chains, rows(chains))
     e.loop(whole, m, 1, rows(1))
-    for j, mask in enumerate(e.masks(n)):
+    for j, mask in enumerate(masks):
         parts = [e.b.load(sums[c][j]) for c in range(chains)]
         total = e.b.fadd(e.b.fadd(parts[0], parts[1]), e.b.fadd(parts[2], parts[3]))
         e.store(total, e.at(out, j * e.L), mask)
@@ -860,8 +863,8 @@ _row_tops = _callable(_emit_row_tops, "iipiip")
 _exp_rows = _callable(_emit_exp_rows, "iipiipiipp")
 _scale_rows = _callable(_emit_scale_rows, "iipiip")
 _pack = _callable(_emit_pack, "iipipp")
-_scatter = _callable(_emit_scatter, "iitppi")
-_column_sums = _callable(_emit_column_sums, "iipp")
+_scatter = _callable(_emit_scatter, "iitpipi")
+_column_sums = _callable(_emit_column_sums, "iipip")
 _update = _callable(_emit_update, "iitpipiss")
 _squares = _callable(_emit_squares, "iitpid")
 _arg_max = _callable(_emit_arg_max, "ipilp")
@@ -916,13 +919,13 @@ def pack_strip(like, m, n, S, s_row, out, turned):
 
 
 @jit
-def scatter(like, m, n, tokens, S, D, d_row):
-    _scatter(like, m, n, tokens, S, D, d_row)
+def scatter(like, m, n, tokens, S, s_row, D, d_row):
+    _scatter(like, m, n, tokens, S, s_row, D, d_row)
 
 
 @jit
-def column_sums(like, m, n, S, out):
-    _column_sums(like, m, n, S, out)
+def column_sums(like, m, n, S, s_row, out):
+    _column_sums(like, m, n, S, s_row, out)
 
 
 @jit

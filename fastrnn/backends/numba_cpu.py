@@ -26,10 +26,13 @@ from fastrnn.backends.cpu_vector import MR, VECTOR_BYTES, panel_width
 from fastrnn.decoding import Decoding
 
 _WORTH_THREADS = 8e6
-"""Operations (a multiply-add counts two) from which waking the other threads pays."""
+"""Operations from which waking the other threads pays.
 
-_KEPT_CALLS, _KEPT_BYTES = 4, 4 << 20
-"""Calls whose work memory is kept for the next of their kind, and how much of it at the most."""
+A multiply-add in registers counts two, one element moved through memory twenty.
+"""
+
+_KEPT_CALLS, _KEPT_BYTES = 4, 16 << 20
+"""Calls whose work memory is kept for the next of their kind, and the bytes of each at the most."""
 
 _LINE = 64
 """Bytes of a cache line: a load that crosses two costs twice."""
@@ -216,18 +219,18 @@ class NumbaBackend(Backend):
         total = 0.0
         for g in grads:
             partial = np.empty(-(-g.size // kernels.CHUNK))
-            self._run(4 * g.size, kernels.sum_of_squares, g.reshape(-1), partial)
+            self._run(20 * g.size, kernels.sum_of_squares, g.reshape(-1), partial)
             total += float(partial.sum())
         norm[...] = np.sqrt(total)
         if norm > max_norm:
             for g in grads:
                 factor = g.dtype.type(max_norm / float(norm))
-                self._run(4 * g.size, kernels.scale, g.reshape(-1), factor)
+                self._run(40 * g.size, kernels.scale, g.reshape(-1), factor)
         return norm
 
     def sgd(self, params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
         for p, g in zip(params, grads, strict=True):
-            self._run(8 * p.size, kernels.sgd, p.reshape(-1), g.reshape(-1), p.dtype.type(lr))
+            self._run(40 * p.size, kernels.sgd, p.reshape(-1), g.reshape(-1), p.dtype.type(lr))
 
     def record(self, loss: Array, norm: Array, totals: Array) -> None:
         totals += (loss, norm, 1.0, not (np.isfinite(loss) and np.isfinite(norm)))
