@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gate
-from fastrnn.bench import HEADLINE, SETTLE_SECONDS, BenchResult, format_seconds, markdown_table
+from fastrnn.bench import (
+    HEADLINE,
+    SETTLE_SECONDS,
+    UNITS,
+    BenchResult,
+    format_seconds,
+    markdown_table,
+    paired_ratio,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -109,6 +117,28 @@ def headline_table(result: BenchResult, workload: str = "step") -> list[str]:
     return markdown_table(cells)
 
 
+def fastest_peer_table(result: BenchResult) -> list[str]:
+    """The other workloads: our fastest, the fastest peer, and its time by ours."""
+    cells = [("one …", "size", "ours", "fastest peer", "× ours")]
+    for workload, size in result.tables():
+        timed = [(r.seconds, r) for r in result.select(workload, size) if r.seconds is not None]
+        ours = [pair for pair in timed if pair[1].ours]
+        peers = [pair for pair in timed if not pair[1].ours]
+        if workload == "step" or not ours or not peers:
+            continue
+        (seconds, best), (theirs, peer) = (min(some, key=lambda p: p[0]) for some in (ours, peers))
+        cells.append(
+            (
+                UNITS[workload],
+                size if size == "headline" else f"{size[0]}={size[1:]}",
+                format_seconds(seconds),
+                f"{peer.label}: {format_seconds(theirs)}",
+                f"{paired_ratio(peer.rounds, best.rounds)[0]:.2f}",
+            )
+        )
+    return markdown_table(cells) if len(cells) > 1 else []
+
+
 def readme_block(result: BenchResult, picture: str) -> str:
     """Table, picture, machine and date of the headline step."""
     missing = [r for r in result.select("step", "headline") if r.seconds is None]
@@ -117,6 +147,8 @@ def readme_block(result: BenchResult, picture: str) -> str:
         *headline_table(result),
         "",
         f"![Time of one training step]({picture})",
+        "",
+        *fastest_peer_table(result),
         "",
         f"V={d.V}, H={d.H}, B={d.B}, T={d.T}, float32. {machine_line(result)} "
         "Each contender in its own process, taking turns; medians over rounds; every loss was "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +434,7 @@ def test_the_readme_block(result: BenchResult, tmp_path: Path) -> None:
     assert text.endswith(f"{report.END}\nrest\n")
     assert "![Time of one training step](step.png)" in text
     assert "| the jax-scan " in text
+    assert re.search(r"forward and backward pass +\| +B=1 .*the jax-scan: 2.00 ms \| +2.00 ", text)
     assert "2026-01-02" in text
     assert "the torch-compile: missing" in text
     readme.write_text("no markers")
