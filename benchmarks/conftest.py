@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from benchmarks.peers.worker import copy_bandwidth, machine_rates
 from fastrnn.backend import Backend, Dims, available_backends, open_backend
-from fastrnn.bench import HEADLINE, SIZES, machine, machine_slug, make_problem, work
+from fastrnn.bench import HEADLINE, SETTLE_SECONDS, SIZES, machine, machine_slug, make_problem, work
 
 AVAILABLE = available_backends()
 BACKENDS = [name for name, reason in AVAILABLE.items() if reason is None]
@@ -120,6 +121,8 @@ def timed(benchmark: Any, rates: dict[str, float] | None, backend: Backend) -> T
         info = benchmark.extra_info
         info |= {"backend": backend.name, "op": op, "dims": {k: getattr(dims, k) for k in "TBHV"}}
         info |= {"flop": needed.flop * units, "bytes": needed.bytes * units, **more}
+        if rates is not None:
+            time.sleep(SETTLE_SECONDS)  # the BLAS that checked the result spins on
         if setup is None:
             benchmark(call, *args)
         else:

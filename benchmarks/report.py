@@ -272,7 +272,7 @@ def plot_recurrence(path: Path, result: BenchResult, ours: str = "numba") -> boo
     axes.set_xticks(range(len(sizes)), labels, fontsize=8)
     axes.set_ylabel(f"time by fastrnn {ours}'s")
     axes.set_title("Recurrence, forward and backward: above 1× is slower than ours", fontsize=10)
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     axes.grid(axis="y", color="#ddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

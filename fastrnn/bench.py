@@ -534,6 +534,9 @@ class Worker:
                 raise self._failure(f"gave no answer within {self.timeout:.0f} s")
             chunk = os.read(self._process.stdout.fileno(), 1 << 16)
             if not chunk:
+                # Its output is closed before it has said why.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=10)
                 raise self._failure("ended")
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
@@ -765,7 +768,7 @@ class BenchResult:
         axes.set_xlabel(f"time of one {UNITS[workload]} ({unit}), lower is better")
         d = self.dims[size]
         axes.set_title(
-            f"V={d['V']}, H={d['H']}, B={d['B']}, T={d['T']}, float32 · "
+            f"V={d['V']}, H={d['H']}, B={d['B']}, T={d['T']}, float32\n"
             f"{self.machine['cpu']}, {self.machine['cores']} cores · {self.date[:10]}",
             fontsize=9,
             loc="left",
