@@ -783,9 +783,11 @@ def sum_of_squares(tid, nt, sync, g, partial):
 def scale(tid, nt, sync, g, factor):
     if not begin(tid, nt, sync):
         return
+    W = 2 * VECTOR_BYTES // g.itemsize
     first, last = share(len(g), tid, nt)
-    for i in range(first, last):
-        g[i] *= factor
+    factors = np.full(1, factor, g.dtype)
+    at = address(g) + first * g.itemsize
+    scale_rows(factor, 1, last - first, at, W, 0, address(factors))
     barrier(tid, nt, sync)
 
 
