@@ -173,7 +173,7 @@ class Step(numpy_reference.Step):
         print("frameworks print what they like")
         self.calls += 1
         if self.variant == "dies" and self.calls == 3:
-            sys.stderr.write("out of luck")
+            print("out of luck", file=sys.stderr, flush=True)
             os._exit(3)
         super().run(n)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -10,16 +11,19 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
 
-from fastrnn.backend import Dims
+from fastrnn.backend import Backend, Dims
 from fastrnn.backends import cpu_generate, cpu_kernels, cpu_vector, numba_cpu
 from fastrnn.backends.cpu_threads import Team, thread_count
 from fastrnn.backends.numba_cpu import NumbaBackend
 from fastrnn.decoding import Decoding
 from tests.conftest import Inputs
+
+HOST: dict[str, bool] = dict(llvm.get_host_cpu_features())
 
 # Sequences and columns that threads can share evenly and cannot; weights in part and whole panels.
 SHAPES = [(5, 3, 20, 37), (4, 33, 96, 70), (3, 32, 256, 131), (2, 1, 65, 40)]
@@ -46,7 +50,7 @@ def train(backend: NumbaBackend, inputs: Inputs, steps: int = 3) -> list[Any]:
     return [a.copy() for a in (ws.flat_params, ws.flat_grads, ws.h0, ws.totals)]
 
 
-def continued(backend: NumbaBackend, inputs: Inputs, sequences: int, decoding: Decoding) -> Any:
+def continued(backend: Backend, inputs: Inputs, sequences: int, decoding: Decoding) -> Any:
     prefix = inputs.tokens(3 * sequences).reshape(sequences, 3)
     lengths = np.arange(sequences, dtype=np.int32) % 3 + 1
     params = {name: 4 * p for name, p in inputs.params().items()}
@@ -177,6 +181,50 @@ def test_idle_threads_sleep() -> None:
     assert time.process_time() - before < 0.1
 
 
+# --- other processors ------------------------------------------------------------------------
+
+LEAN = {
+    "AVX2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"},
+    "SSE2": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEAN)
+def test_processors_with_less_compute_the_same(name: str) -> None:
+    """Training steps and generation, compiled as for a CPU with shorter vectors."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("x86 instructions")
+    if name == "AVX2" and not {"avx2", "fma"} <= set(filter(HOST.get, HOST)):
+        pytest.skip("this CPU has no AVX2")
+    code = """
+import sys
+import numpy as np
+from fastrnn.backends import cpu_vector, numba_cpu
+from fastrnn.backend import open_backend
+from fastrnn.decoding import Decoding
+from tests import test_cpu_engine as t
+from tests.test_step import check_steps
+assert cpu_vector.VECTOR_BYTES == {"AVX2": 32, "SSE2": 16}[sys.argv[1]], cpu_vector.VECTOR_BYTES
+numba_cpu._WORTH_THREADS = 0.0
+for dtype in (np.float32, np.float64):
+    for shape in ((4, 9, 37, 70), (2, 3, 64, 33)):
+        check_steps(t.engine(2), t.Inputs(*shape, dtype), 3, True, fused=True)
+for sequences in (1, 9):
+    got, want = (
+        t.continued(b, t.Inputs(3, 2, 48, 101, np.float32), sequences, Decoding())
+        for b in (t.engine(2), open_backend("numpy"))
+    )
+    np.testing.assert_array_equal(got[0], want[0])
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, name],
+        env={**os.environ, **LEAN[name]},
+        check=True,
+        timeout=300,
+    )
+
+
 # --- memory ----------------------------------------------------------------------------------
 
 
@@ -186,7 +234,7 @@ def test_training_needs_little_more_memory_than_the_model_and_its_activations() 
 import resource
 import numpy as np
 from tests import test_cpu_engine as t
-from fastrnn.backend import Dims
+from fastrnn.backend import Backend, Dims
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -217,7 +265,7 @@ def test_ten_thousand_steps_do_not_grow_the_process() -> None:
 import resource
 import numpy as np
 from tests import test_cpu_engine as t
-from fastrnn.backend import Dims
+from fastrnn.backend import Backend, Dims
 from fastrnn.decoding import Decoding
 backend, inputs = t.engine(2), t.Inputs(3, 4, 16, 30, np.float32)
 ws = backend.workspace(Dims(3, 4, 16, 30), inputs.tokens(100), inputs.params())

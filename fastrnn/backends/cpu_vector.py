@@ -66,10 +66,20 @@ def jit(function: Callable[..., Any]) -> Any:
 
 # --- The machine -------------------------------------------------------------------------------
 
-_FEATURES = llvm.get_host_cpu_features()
+
+def _features() -> set[str]:
+    """What compiled code may use: as numba's settings say, or else all that this CPU has."""
+    given = numba.config.CPU_FEATURES
+    if given is None and numba.config.CPU_NAME in (None, "host"):
+        return {name for name, there in llvm.get_host_cpu_features().items() if there}
+    return {name[1:] for name in (given or "").split(",") if name.startswith("+")}
+
+
+_FEATURES = _features()
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
-_AVX512 = _X86 and bool(_FEATURES.get("avx512f"))
-_AVX = _X86 and bool(_FEATURES.get("avx2"))
+_AVX512 = _X86 and "avx512f" in _FEATURES
+_AVX = _X86 and "avx2" in _FEATURES
+_FMA = not _X86 or "fma" in _FEATURES
 
 VECTOR_BYTES = 64 if _AVX512 else 32 if _AVX else 16
 """Bytes in a vector register."""
@@ -169,7 +179,9 @@ class _Emitter:
         return f"v{self.L}f{self.bits}"
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        return self.intrinsic(f"llvm.fma.{self.suffix}", self.vec, [x, y, z])
+        """``x y + z``; in one rounding where that is one instruction."""
+        name = "fma" if _FMA else "fmuladd"
+        return self.intrinsic(f"llvm.{name}.{self.suffix}", self.vec, [x, y, z])
 
     def larger(self, x: Any, y: Any) -> Any:
         """x where it is larger than y, else y."""
@@ -276,8 +288,10 @@ class _Emitter:
             magic, shift, one, degree = 1.5 * 2**52, 52, 0x3FF0000000000000, 14
             high, low = 6.93147180369123816490e-01, 1.90821492927058770002e-10
         b = self.b
-        # Adding 1.5·2^mantissa rounds to an integer and leaves it in the low bits of the sum.
+        # Adding 1.5·2^mantissa rounds to an integer and leaves it in the low bits of the sum. The
+        # fence keeps LLVM, which numba allows to reassociate, from taking it off again unrounded.
         shifted = self.fma(x, self.splat(1 / math.log(2)), self.splat(magic))
+        shifted = self.intrinsic(f"llvm.arithmetic.fence.{self.suffix}", self.vec, [shifted])
         n = b.fsub(shifted, self.splat(magic))
         r = self.fma(n, self.splat(-high), x)
         r = self.fma(n, self.splat(-low), r)
@@ -516,7 +530,7 @@ class _Squares:
         self.sums = [e.variable(ir.Constant(self.wide, [0.0] * e.L)) for _ in range(2)]
 
     def add(self, j: int, value: Any) -> None:
-        b, name = self.e.b, f"llvm.fma.v{self.e.L}f64"
+        b, name = self.e.b, f"llvm.{'fma' if _FMA else 'fmuladd'}.v{self.e.L}f64"
         if self.e.bits == 32:
             value = b.fpext(value, self.wide)
         sums = b.load(self.sums[j])
