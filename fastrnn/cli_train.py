@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -55,7 +56,10 @@ class Run:
         self.stopping = False
         self.warned = False
         # With the metrics on standard output, words for people go to standard error.
-        self.console = Console(stderr=outputs.json == "-", highlight=False, soft_wrap=True)
+        # Nothing printed is markup: a corpus may have brackets.
+        self.console = Console(
+            stderr=outputs.json == "-", markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
         self.prefixes = self._prefixes()
 
     def _prefixes(self) -> list[str]:
@@ -111,9 +115,10 @@ class Run:
                         self.warned = True
             if self.stopping:
                 self._save()
+                resume = shlex.join(["fastrnn", "train", "--resume", str(self.outputs.out)])
                 self.console.print(
                     f"stopped in epoch {trainer.epoch + 1}, saved to {self.outputs.out}; go on "
-                    f"with: fastrnn train --resume {self.outputs.out}"
+                    f"with: {resume}"
                 )
                 return 0
         self._save()
@@ -123,10 +128,9 @@ class Run:
                 f"epoch {best.epoch} was better (perplexity {best.score:.4g}): "
                 "fastrnn generate --best uses its weights"
             )
-        self.console.print(
-            f"saved to {self.outputs.out}; try: "
-            f"fastrnn generate {self.outputs.out} --prefix {self.prefixes[0]}"
-        )
+        out, prefix = str(self.outputs.out), self.prefixes[0]
+        command = shlex.join(["fastrnn", "generate", out, "--prefix", prefix])
+        self.console.print(f"saved to {out}; try: {command}")
         return 0
 
     def _report(self, stats: EpochStats, metrics: IO[str] | None) -> None:
@@ -140,8 +144,7 @@ class Run:
                 held_out = f"  validation {stats.val_perplexity:.3f}"
             self.console.print(
                 f"epoch {stats.epoch}  perplexity {stats.perplexity:.3f}{held_out}  "
-                f"{stats.tokens_per_second:,.0f} characters/s",
-                markup=False,
+                f"{stats.tokens_per_second:,.0f} characters/s"
             )
             texts = self.trainer.model.generate(
                 self.prefixes,
@@ -150,7 +153,7 @@ class Run:
                 seed=stats.epoch,
             )
             for text in texts:
-                self.console.print(f" - {text}", markup=False)
+                self.console.print(f" - {text}")
         save_period = self.outputs.save_period
         if save_period and stats.epoch % save_period == 0 and stats.epoch < self.epochs:
             self._save()

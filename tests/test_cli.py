@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -65,12 +66,25 @@ def test_train_reports_saves_and_draws() -> None:
     assert lines[0].startswith("text.txt: 768 characters, ")
     assert sum(line.startswith("epoch ") for line in lines) == 2
     assert any(line.startswith(" - the w") for line in lines), "continues the text's own start"
-    assert "saved to fastrnn.safetensors" in result.output
+    (saved,) = (line for line in lines if line.startswith("saved to fastrnn.safetensors; try: "))
+    hint = shlex.split(saved.partition("try: fastrnn ")[2])
+    continued = run(*hint)
+    assert continued.exit_code == 0, continued.output
+    assert continued.output.startswith(hint[-1])
     assert Path("c.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in Path("m.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["perplexity"] < rows[0]["perplexity"]
     assert fastrnn.load("fastrnn.safetensors", "numpy").hidden_size == 8
+
+
+def test_text_like_markup_is_shown_as_it_is() -> None:
+    Path("[b].txt").write_text("[/b] [bold]x[red] :smile: 'q' \n" * 100)
+    result = run("train", "[b].txt", "--epochs", "1", "--hidden-size", "4", "--out", "[i].st")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("[b].txt: ")
+    assert "\n - [/b] " in result.output
+    assert "saved to [i].st; try: fastrnn generate '[i].st' --prefix '[/b] '" in result.output
 
 
 def test_bundled_lyrics_without_arguments() -> None:
