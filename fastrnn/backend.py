@@ -80,6 +80,11 @@ class Dims:
         step = ALIGNMENT // self.dtype.itemsize
         return int(-(-self.param_slices["b_q"].stop // step) * step)
 
+    def views(self, flat: Array) -> dict[str, Array]:
+        """The parameters in a flat buffer, by name: they share its memory."""
+        slices = self.param_slices
+        return {n: flat[slices[n]].reshape(shape) for n, shape in self.param_shapes.items()}
+
 
 @dataclass
 class Workspace:
@@ -261,13 +266,6 @@ class Backend(ABC):
         self, dims: Dims, tokens: HostArray, params: Mapping[str, HostArray]
     ) -> Workspace:
         """Allocate all buffers of a training run and fill in the corpus and the parameters."""
-
-        def views(flat: Array) -> dict[str, Array]:
-            return {
-                name: flat[dims.param_slices[name]].reshape(shape)
-                for name, shape in dims.param_shapes.items()
-            }
-
         host = np.zeros(dims.flat_size, dims.dtype)
         flat_grads = self.put(host)
         for name in PARAM_NAMES:
@@ -278,8 +276,8 @@ class Backend(ABC):
             tokens=self.put(tokens),
             flat_params=flat_params,
             flat_grads=flat_grads,
-            params=views(flat_params),
-            grads=views(flat_grads),
+            params=dims.views(flat_params),
+            grads=dims.views(flat_grads),
             x=self.empty((dims.T, dims.B), np.int32),
             y=self.empty((dims.T, dims.B), np.int32),
             dh0=self.empty((dims.B, dims.H), dims.dtype),

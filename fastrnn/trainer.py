@@ -341,10 +341,7 @@ class Trainer:
         best = get(self._best_params)
         tensors = {
             **self.model.params,
-            **{
-                f"best.{name}": best[dims.param_slices[name]].reshape(shape)
-                for name, shape in dims.param_shapes.items()
-            },
+            **{f"best.{name}": view for name, view in dims.views(best).items()},
             "trainer.h0": get(self._ws.h0),
             "trainer.totals": get(self._ws.totals),
         }

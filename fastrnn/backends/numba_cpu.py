@@ -306,14 +306,8 @@ class NumbaBackend(Backend):
         flat = 2 * _bytes((dims.flat_size,), dtype)
         memory = _Memory(flat + sum(_bytes(_panelled(s, dtype), dtype) for s in shapes.values()))
 
-        def views(array: Array) -> dict[str, Array]:
-            return {
-                name: array[dims.param_slices[name]].reshape(shape)
-                for name, shape in dims.param_shapes.items()
-            }
-
         flat_params, flat_grads = (memory.take((dims.flat_size,), dtype) for _ in range(2))
-        for name, view in views(flat_params).items():
+        for name, view in dims.views(flat_params).items():
             view[...] = params[name]
         own = {name: memory.take(_panelled(s, dtype), dtype) for name, s in shapes.items()}
         # The panels and the arrays of the single ops are never in use together: one memory.
@@ -323,8 +317,8 @@ class NumbaBackend(Backend):
             tokens=self.put(tokens),
             flat_params=flat_params,
             flat_grads=flat_grads,
-            params=views(flat_params),
-            grads=views(flat_grads),
+            params=dims.views(flat_params),
+            grads=dims.views(flat_grads),
             x=np.empty((T, B), np.int32),
             y=np.empty((T, B), np.int32),
             h0=np.zeros((B, H), dtype),
