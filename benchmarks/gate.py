@@ -58,7 +58,7 @@ GATES = (
     ),
     Gate("recurrence+bptt", "headline", "torch-rnn-gather", 1.5, OUR_TORCH),
     Gate("step", "headline", "torch-rnn-gather", 1.1, OUR_TORCH),
-    Gate("generate", "headline", "torch-loop", 3.0),
+    Gate("generate", "headline", "torch-loop", 4.0),
     Gate("generate", "headline", "jax-scan", 2.0),
     Gate("generate64", "headline", "jax-scan", 2.0),
     Gate("generate64", "headline", "torch-loop", 2.0),

@@ -36,9 +36,7 @@ def always_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine(threads: int, team: type[Team] = Team) -> NumbaBackend:
-    backend = NumbaBackend()
-    backend._team = team(threads)
-    return backend
+    return NumbaBackend(team(threads))
 
 
 def train(backend: NumbaBackend, inputs: Inputs, steps: int = 3) -> list[Any]:
@@ -195,7 +193,7 @@ def test_processors_with_less_compute_the_same(name: str) -> None:
     """Training steps and generation, compiled as for a CPU with shorter vectors."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("x86 instructions")
-    if name == "AVX2" and not {"avx2", "fma"} <= set(filter(HOST.get, HOST)):
+    if name == "AVX2" and not (HOST.get("avx2") and HOST.get("fma")):
         pytest.skip("this CPU has no AVX2")
     code = """
 import sys
@@ -234,7 +232,7 @@ def test_training_needs_little_more_memory_than_the_model_and_its_activations() 
 import resource
 import numpy as np
 from tests import test_cpu_engine as t
-from fastrnn.backend import Backend, Dims
+from fastrnn.backend import Dims
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -265,7 +263,7 @@ def test_ten_thousand_steps_do_not_grow_the_process() -> None:
 import resource
 import numpy as np
 from tests import test_cpu_engine as t
-from fastrnn.backend import Backend, Dims
+from fastrnn.backend import Dims
 from fastrnn.decoding import Decoding
 backend, inputs = t.engine(2), t.Inputs(3, 4, 16, 30, np.float32)
 ws = backend.workspace(Dims(3, 4, 16, 30), inputs.tokens(100), inputs.params())

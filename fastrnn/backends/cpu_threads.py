@@ -113,23 +113,29 @@ def begin(tid, nt, sync):
 
 
 @jit
-def barrier(tid, nt, sync):
-    """Wait until all ``nt`` threads are here.
+def _await(base, index, value):
+    """Wait until ``base[index]`` has come to ``value``.
 
     Spins, since a phase lasts microseconds to milliseconds, but gives its core away to a thread
     that was put off it.
     """
+    spins = 0
+    while _read(base, index) < value:
+        spins += 1
+        if spins > 2000:
+            _sched_yield()
+
+
+@jit
+def barrier(tid, nt, sync):
+    """Wait until all ``nt`` threads are here."""
     if nt == 1:
         return
     base, first = address(sync), _THREADS + 1
     mine = _read(base, first + _LINE * tid) + 1
     _write(base, first + _LINE * tid, mine)
     for other in range(nt):
-        spins = 0
-        while _read(base, first + _LINE * other) < mine:
-            spins += 1
-            if spins > 2000:
-                _sched_yield()
+        _await(base, first + _LINE * other, mine)
 
 
 # A phase of microseconds must not wait for a thread that is off its core, or not awake yet: its
@@ -158,11 +164,7 @@ def finish(share, phase, claims):
 def finished(phase, nt, claims):
     """Wait until all ``nt`` shares of the phase are done."""
     for share in range(nt):
-        spins = 0
-        while _read(address(claims), 2 * _LINE * share + _LINE) < phase:
-            spins += 1
-            if spins > 2000:
-                _sched_yield()
+        _await(address(claims), 2 * _LINE * share + _LINE, phase)
 
 
 @jit

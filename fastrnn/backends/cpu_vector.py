@@ -179,9 +179,10 @@ class _Emitter:
         return f"v{self.L}f{self.bits}"
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        """``x y + z``; in one rounding where that is one instruction."""
-        name = "fma" if _FMA else "fmuladd"
-        return self.intrinsic(f"llvm.{name}.{self.suffix}", self.vec, [x, y, z])
+        """``x y + z``, of reals or of doubles; in one rounding where that is one instruction."""
+        bits = 64 if x.type.element == _DOUBLE else 32
+        name = f"llvm.{'fma' if _FMA else 'fmuladd'}.v{self.L}f{bits}"
+        return self.intrinsic(name, x.type, [x, y, z])
 
     def larger(self, x: Any, y: Any) -> Any:
         """x where it is larger than y, else y."""
@@ -530,11 +531,10 @@ class _Squares:
         self.sums = [e.variable(ir.Constant(self.wide, [0.0] * e.L)) for _ in range(2)]
 
     def add(self, j: int, value: Any) -> None:
-        b, name = self.e.b, f"llvm.{'fma' if _FMA else 'fmuladd'}.v{self.e.L}f64"
+        b = self.e.b
         if self.e.bits == 32:
             value = b.fpext(value, self.wide)
-        sums = b.load(self.sums[j])
-        b.store(self.e.intrinsic(name, self.wide, [value, value, sums]), self.sums[j])
+        b.store(self.e.fma(value, value, b.load(self.sums[j])), self.sums[j])
 
     def value(self) -> Any:
         b = self.e.b

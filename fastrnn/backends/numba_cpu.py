@@ -43,8 +43,8 @@ class NumbaBackend(Backend):
 
     name = "numba"
 
-    def __init__(self) -> None:
-        self._team = Team(thread_count())
+    def __init__(self, team: Team | None = None) -> None:
+        self._team = team or Team(thread_count())
         self._spare: dict[Any, list[Array]] = {}
 
     # --- memory ---

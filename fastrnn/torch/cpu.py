@@ -30,9 +30,8 @@ class TorchNumbaBackend(NumbaBackend):
     """The numba backend on ``threads`` threads of torch."""
 
     def __init__(self, threads: int) -> None:
-        super().__init__()
         openmp = openmp_entries()
-        self._team = Team(threads) if openmp is None else OpenMPTeam(threads, openmp)
+        super().__init__(Team(threads) if openmp is None else OpenMPTeam(threads, openmp))
 
     def _run(self, operations: float, function: Any, *arguments: Any) -> None:
         if function in (kernels.recurrence, kernels.recurrence_backward):

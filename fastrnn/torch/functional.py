@@ -4,7 +4,7 @@
     fastrnn::gather_backward    fastrnn::recurrence_backward    fastrnn::clip_by_global_norm_
                                 fastrnn::layer
 
-Each is registered with ``torch.library.custom_op``: what is called on real tensors, a fake for
+Each is registered with torch's ``custom_op``: what is called on real tensors, a fake for
 meta and fake tensors, a formula for autograd, a rule for ``vmap``. T time steps, B batch, H hidden
 units, V vocabulary, as everywhere in the project.
 """
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.library import custom_op
 
 from fastrnn import ops
 from fastrnn.backend import Backend, BackendUnavailableError, open_backend
@@ -609,7 +610,7 @@ class _Op:
     ) -> None:
         name = schema.partition("(")[0]
         self.name = f"fastrnn::{name}"
-        self.custom_op = torch.library.custom_op(
+        self.custom_op = custom_op(
             self.name, real, mutates_args=mutates, schema=schema.removeprefix(name)
         )
         self.custom_op.register_fake(fake)

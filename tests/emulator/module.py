@@ -245,7 +245,8 @@ class Module:
 
     def __init__(self, source: Path, library: Library) -> None:
         self.source = source
-        self.library = library
+        self.static_shared_bytes = library.static_bytes
+        """The ``__shared__`` variables of all kernels of the file together."""
         _runtime()
         self._loaded = ctypes.CDLL(str(library.path))
         count = ctypes.c_uint.in_dll(self._loaded, "emulator_kernel_count").value
@@ -259,11 +260,6 @@ class Module:
     def kernels(self) -> tuple[str, ...]:
         """The names that :meth:`launch` takes."""
         return tuple(self._kernels)
-
-    @property
-    def static_shared_bytes(self) -> int:
-        """The ``__shared__`` variables of all kernels of the file together."""
-        return self.library.static_bytes
 
     def entry(self, kernel: str) -> KernelEntry:
         try:
