@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fastrnn.backend import Backend, Dims
-from fastrnn.backends import cpu_generate, cpu_kernels, cpu_vector, numba_cpu
+from fastrnn.backends import cpu_emitter, cpu_generate, cpu_step, cpu_vector, numba_cpu
 from fastrnn.backends.cpu_threads import Team, thread_count
 from fastrnn.backends.numba_cpu import NumbaBackend
 from fastrnn.decoding import Decoding
@@ -198,12 +198,12 @@ def test_processors_with_less_compute_the_same(name: str) -> None:
     code = """
 import sys
 import numpy as np
-from fastrnn.backends import cpu_vector, numba_cpu
+from fastrnn.backends import cpu_emitter, numba_cpu
 from fastrnn.backend import open_backend
 from fastrnn.decoding import Decoding
 from tests import test_cpu_engine as t
 from tests.test_step import check_steps
-assert cpu_vector.VECTOR_BYTES == {"AVX2": 32, "SSE2": 16}[sys.argv[1]], cpu_vector.VECTOR_BYTES
+assert cpu_emitter.VECTOR_BYTES == {"AVX2": 32, "SSE2": 16}[sys.argv[1]], cpu_emitter.VECTOR_BYTES
 numba_cpu._WORTH_THREADS = 0.0
 for dtype in (np.float32, np.float64):
     for shape in ((4, 9, 37, 70), (2, 3, 64, 33)):
@@ -288,22 +288,22 @@ print(steps(10_000) - before)
 
 
 def test_compiled_code_is_marked_with_everything_it_was_made_from() -> None:
-    for function in (cpu_generate.generate, cpu_kernels.run_steps, cpu_vector.tile_rows):
-        assert function._cache._cache_file._source_stamp == cpu_vector._stamp()
+    for function in (cpu_generate.generate, cpu_step.run_steps, cpu_vector.tile_rows):
+        assert function._cache._cache_file._source_stamp == cpu_emitter._stamp()
 
 
 def test_the_mark_changes_with_any_of_the_sources(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    before = cpu_vector._stamp()
-    folder = os.path.dirname(cpu_vector.__file__)
+    before = cpu_emitter._stamp()
+    folder = os.path.dirname(cpu_emitter.__file__)
     for name in sorted(n for n in os.listdir(folder) if n.startswith("cpu_")):
         for other in (n for n in os.listdir(folder) if n.startswith("cpu_")):
             with open(os.path.join(folder, other), "rb") as file:
                 text = file.read()
             (tmp_path / other).write_bytes(text + b"\n" * (other == name))
-        monkeypatch.setattr(cpu_vector, "__file__", str(tmp_path / "cpu_vector.py"))
-        assert cpu_vector._stamp() != before, name
+        monkeypatch.setattr(cpu_emitter, "__file__", str(tmp_path / "cpu_emitter.py"))
+        assert cpu_emitter._stamp() != before, name
         monkeypatch.undo()
 
 

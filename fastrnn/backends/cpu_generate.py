@@ -5,17 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastrnn.backends.cpu_emitter import VECTOR_BYTES, jit
 from fastrnn.backends.cpu_kernels import pack, pad, panels, share, tiles
 from fastrnn.backends.cpu_threads import barrier, begin, finish, finished, take
-from fastrnn.backends.cpu_vector import (
-    VECTOR_BYTES,
-    address,
-    arg_max,
-    exp_rows,
-    jit,
-    tanh,
-    tile_rows,
-)
+from fastrnn.backends.cpu_vector import address, arg_max, exp_rows, tanh, tile_rows
 from fastrnn.decoding import PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
 
 

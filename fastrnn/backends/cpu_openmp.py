@@ -1,4 +1,4 @@
-"""The ops of :mod:`fastrnn.backends.cpu_kernels` on the threads of an OpenMP library.
+"""The ops of :mod:`fastrnn.backends.cpu_ops` on the threads of an OpenMP library.
 
 A library whose threads spin between its own calls leaves no core to a second set of threads: beside
 it, work is done on its threads, as parallel regions of its own.
@@ -14,7 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastrnn.backends.cpu_kernels import (
+from fastrnn.backends.cpu_emitter import jit
+from fastrnn.backends.cpu_ops import (
     cross_entropy,
     gather,
     gather_backward,
@@ -23,7 +24,6 @@ from fastrnn.backends.cpu_kernels import (
     scale,
     sum_of_squares,
 )
-from fastrnn.backends.cpu_vector import jit
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 

@@ -24,7 +24,8 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from fastrnn.backends.cpu_vector import address, jit
+from fastrnn.backends.cpu_emitter import jit
+from fastrnn.backends.cpu_vector import address
 
 
 def thread_count() -> int:

@@ -1,8 +1,8 @@
 """The ``numba`` backend: compiled code and threads of its own on ``numpy.ndarray``.
 
-The ops and the fused step are in :mod:`fastrnn.backends.cpu_kernels`, generation in
-:mod:`fastrnn.backends.cpu_generate`; this module allocates what they work on and decides how many
-threads a call is worth.
+The ops are in :mod:`fastrnn.backends.cpu_ops`, the fused step in :mod:`fastrnn.backends.cpu_step`,
+generation in :mod:`fastrnn.backends.cpu_generate`; this module allocates what they work on and
+decides how many threads a call is worth.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import numba
 import numpy as np
 
 from fastrnn.backend import Array, Backend, Dims, HostArray, Workspace
-from fastrnn.backends import cpu_kernels as kernels
+from fastrnn.backends import cpu_ops as ops
+from fastrnn.backends.cpu_emitter import MR, VECTOR_BYTES, panel_width
 from fastrnn.backends.cpu_generate import generate
+from fastrnn.backends.cpu_kernels import SPAN
+from fastrnn.backends.cpu_step import run_steps
 from fastrnn.backends.cpu_threads import Team, claims, thread_count
-from fastrnn.backends.cpu_vector import MR, VECTOR_BYTES, panel_width
 from fastrnn.decoding import Decoding
 
 _WORTH_THREADS = 8e6
@@ -78,12 +80,12 @@ class NumbaBackend(Backend):
     # --- ops ---
 
     def window(self, tokens: Array, starts: Array, out: tuple[Array, Array]) -> None:
-        kernels.window(tokens, starts, *out)
+        ops.window(tokens, starts, *out)
 
     def gather(self, W_xh: Array, tokens: Array, b_h: Array, out: Array | None = None) -> Array:
         H = W_xh.shape[1]
         z = np.empty((*tokens.shape, H), W_xh.dtype) if out is None else out
-        self._run(20 * z.size, kernels.gather, W_xh, tokens.ravel(), b_h, z.reshape(-1, H))
+        self._run(20 * z.size, ops.gather, W_xh, tokens.ravel(), b_h, z.reshape(-1, H))
         return z
 
     def gather_backward(
@@ -93,7 +95,7 @@ class NumbaBackend(Backend):
         dW_xh, db_h = out or (np.empty((V, H), dz.dtype), np.empty(H, dz.dtype))
         self._run(
             20 * (dz.size + dW_xh.size),
-            kernels.gather_backward,
+            ops.gather_backward,
             dz.reshape(-1, H),
             tokens.ravel(),
             dW_xh,
@@ -107,7 +109,7 @@ class NumbaBackend(Backend):
         with self._work((H, H), (2 * B, H), dtype=z.dtype) as work:
             self._run(
                 2 * T * B * H * H,
-                kernels.recurrence,
+                ops.recurrence,
                 B,
                 z.reshape(-1, H),
                 W_hh,
@@ -129,13 +131,13 @@ class NumbaBackend(Backend):
         T, B, H = h.shape
         dz, dW_hh, dh0 = out or (np.empty_like(dh), np.empty((H, H), h.dtype), np.empty_like(h0))
         wanted = dW_hh is not None
-        span = min(T, max(1, 2 * kernels.SPAN // B))
+        span = min(T, max(1, 2 * SPAN // B))
         rows = (span + 1) * B
         shapes = (H, H), (rows * wanted, H), (rows, H)
         with self._work(*shapes, dtype=h.dtype) as (packed, h_panels, dz_panels):
             self._run(
                 (4 if wanted else 2) * T * B * H * H,
-                kernels.recurrence_backward,
+                ops.recurrence_backward,
                 B,
                 dh.reshape(-1, H),
                 h.reshape(-1, H),
@@ -159,7 +161,7 @@ class NumbaBackend(Backend):
         with self._work((T * B, H), (H, V), (1, V), dtype=h.dtype) as work:
             self._run(
                 2 * T * B * H * V,
-                kernels.project,
+                ops.project,
                 h.reshape(-1, H),
                 W_hq,
                 b_q,
@@ -182,7 +184,7 @@ class NumbaBackend(Backend):
         with self._work((T * B, H), (T * B, V), (V, H), dtype=h.dtype) as work:
             self._run(
                 4 * T * B * H * V,
-                kernels.project_backward,
+                ops.project_backward,
                 dlogits.reshape(-1, V),
                 h.reshape(-1, H),
                 W_hq,
@@ -201,7 +203,7 @@ class NumbaBackend(Backend):
         losses = np.empty(targets.size)
         self._run(
             20 * logits.size,
-            kernels.cross_entropy,
+            ops.cross_entropy,
             logits.reshape(-1),
             targets.ravel(),
             logits.shape[-1],
@@ -218,19 +220,19 @@ class NumbaBackend(Backend):
         norm = np.empty((), grads[0].dtype) if out is None else out
         total = 0.0
         for g in grads:
-            partial = np.empty(-(-g.size // kernels.CHUNK))
-            self._run(20 * g.size, kernels.sum_of_squares, g.reshape(-1), partial)
+            partial = np.empty(-(-g.size // ops.CHUNK))
+            self._run(20 * g.size, ops.sum_of_squares, g.reshape(-1), partial)
             total += float(partial.sum())
         norm[...] = np.sqrt(total)
         if norm > max_norm:
             for g in grads:
                 factor = g.dtype.type(max_norm / float(norm))
-                self._run(40 * g.size, kernels.scale, g.reshape(-1), factor)
+                self._run(40 * g.size, ops.scale, g.reshape(-1), factor)
         return norm
 
     def sgd(self, params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
         for p, g in zip(params, grads, strict=True):
-            self._run(40 * p.size, kernels.sgd, p.reshape(-1), g.reshape(-1), p.dtype.type(lr))
+            self._run(40 * p.size, ops.sgd, p.reshape(-1), g.reshape(-1), p.dtype.type(lr))
 
     def record(self, loss: Array, norm: Array, totals: Array) -> None:
         totals += (loss, norm, 1.0, not (np.isfinite(loss) and np.isfinite(norm)))
@@ -370,7 +372,7 @@ class NumbaBackend(Backend):
         p, g, own, dims = ws.params, ws.grads, ws.extra, ws.dims
         self._run(
             6 * len(starts) * dims.T * dims.B * dims.H * (dims.H + dims.V),
-            kernels.run_steps,
+            run_steps,
             ws.tokens,
             np.ascontiguousarray(starts, np.int32),
             dims.T,

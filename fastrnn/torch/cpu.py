@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastrnn.backends import cpu_kernels as kernels
+from fastrnn.backends import cpu_ops as ops
 from fastrnn.backends.cpu_openmp import ON_OPENMP
 from fastrnn.backends.cpu_threads import Team
 from fastrnn.backends.numba_cpu import NumbaBackend
@@ -34,7 +34,7 @@ class TorchNumbaBackend(NumbaBackend):
         super().__init__(Team(threads) if openmp is None else OpenMPTeam(threads, openmp))
 
     def _run(self, operations: float, function: Any, *arguments: Any) -> None:
-        if function in (kernels.recurrence, kernels.recurrence_backward):
+        if function in (ops.recurrence, ops.recurrence_backward):
             super()._run(operations, function, *arguments)  # its threads meet at every time step
             return
         threads = self._team.size if operations >= _WORTH_THREADS else 1
