@@ -14,6 +14,8 @@ import pytest
 from benchmarks import compare, gate, report
 from fastrnn import bench
 from fastrnn.bench import BenchResult, Contender, Row
+from fastrnn.bench.paths import PACKAGE
+from fastrnn.bench.summary import summarise
 
 PNG = b"\x89PNG\r\n"
 
@@ -38,13 +40,13 @@ def result() -> BenchResult:
         row("torch-compile", [], status="missing", reason="No module named 'torch'"),
     ]
     rates = {"flops": 2.2e11, "bandwidth": 3e10}
-    bench._summarise(rows, bench.HEADLINE, rates)
+    summarise(rows, bench.HEADLINE, rates)
     for workload, size in (("recurrence+bptt", "headline"), ("recurrence+bptt", "B1")):
         pair = [
             row("numba", [1e-3, 1e-3], ours=True, workload=workload, size=size),
             row("jax-scan", [2e-3, 2e-3], workload=workload, size=size),
         ]
-        bench._summarise(pair, bench.SIZES[size], {})
+        summarise(pair, bench.SIZES[size], {})
         rows += pair
     return BenchResult(
         machine={
@@ -185,7 +187,7 @@ WORKLOADS = {"step": Step}
 def peer(tmp_path: Path) -> Any:
     """Peers of a file of this test's own, by variant: "right", "unclipped", "dies"."""
     (tmp_path / "odd_peer.py").write_text(ODD_PEER)
-    root = Path(bench.__file__).parent.parent
+    root = PACKAGE.parent
 
     def make(variant: str, module: str = "odd_peer") -> Contender:
         paths = f"{tmp_path}:{root}"

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import gate
 from fastrnn import bench
 from fastrnn.bench import BenchResult, Row
+from fastrnn.bench.summary import summarise
 
 pytest.importorskip("torch", reason="torch is not installed")
 
@@ -27,7 +28,7 @@ def test_the_backends_stay_the_baseline() -> None:
         Row("step", "headline", name, name, True, "cpu", rounds=[seconds])
         for name, seconds in ((gate.OUR_TORCH, 0.5), ("numpy", 2.0), ("numba", 1.0))
     ]
-    bench._summarise(rows, bench.HEADLINE, {})
+    summarise(rows, bench.HEADLINE, {})
     assert [r.ratio for r in rows] == [0.5, 2.0, 1.0]
 
 

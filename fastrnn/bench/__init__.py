@@ -1,0 +1,57 @@
+"""How fast this machine runs fastrnn, and how fast it runs the peers that are installed on it.
+
+Every contender, our backends and the peers alike, runs in a process of its own (see
+``benchmarks/peers``), so that no library's thread pool sits in another's way and memory and
+compilation are measured one by one. The coordinator, :func:`measure`,
+
+    makes one problem -> starts the workers one after another -> checks each against the oracle
+    -> lets them take turns, in another order every round, while all others sleep on a pipe
+
+and compares medians round by round: a ratio is the median over rounds of (peer / ours), so a
+machine that slows down for a while slows down both. A contender whose result is wrong gets no time;
+one that is not installed is reported as missing, with the reason.
+"""
+
+from fastrnn.bench.contenders import PEERS, Contender, backend_contender, choose_contenders
+from fastrnn.bench.formatting import format_seconds, markdown_table
+from fastrnn.bench.measurement import SETTLE_SECONDS, measure
+from fastrnn.bench.paths import PEER_FOLDER
+from fastrnn.bench.problems import CHECK_CHARACTERS, make_problem, relative_error, zipf_tokens
+from fastrnn.bench.provenance import commit, machine, machine_slug
+from fastrnn.bench.results import BenchResult, Row
+from fastrnn.bench.roofline import Work, work
+from fastrnn.bench.run import run_bench
+from fastrnn.bench.summary import paired_ratio
+from fastrnn.bench.worker import Worker, WorkerError
+from fastrnn.bench.workloads import HEADLINE, SIZES, UNITS, WORKLOADS
+
+__all__ = [
+    "CHECK_CHARACTERS",
+    "HEADLINE",
+    "PEERS",
+    "PEER_FOLDER",
+    "SETTLE_SECONDS",
+    "SIZES",
+    "UNITS",
+    "WORKLOADS",
+    "BenchResult",
+    "Contender",
+    "Row",
+    "Work",
+    "Worker",
+    "WorkerError",
+    "backend_contender",
+    "choose_contenders",
+    "commit",
+    "format_seconds",
+    "machine",
+    "machine_slug",
+    "make_problem",
+    "markdown_table",
+    "measure",
+    "paired_ratio",
+    "relative_error",
+    "run_bench",
+    "work",
+    "zipf_tokens",
+]
