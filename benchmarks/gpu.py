@@ -121,13 +121,13 @@ def _no_sanitizer() -> str | None:
 PARTS = (
     Part("device", "The device", 60, 10, _module("device")),
     Part("tests", "Tests on the device", 200, 30, _tests),
-    Part("smoke", "Every kernel once, at odd sizes", 90, 10, _module("smoke")),
+    Part("smoke", "Every kernel once, at odd sizes", 120, 10, _module("smoke")),
     Part(
-        "memcheck", "compute-sanitizer memcheck", 90, 30, _sanitizer("memcheck"),
+        "memcheck", "compute-sanitizer memcheck", 120, 30, _sanitizer("memcheck"),
         _no_sanitizer, emulated=False,
     ),
     Part(
-        "racecheck", "compute-sanitizer racecheck", 90, 30, _sanitizer("racecheck"),
+        "racecheck", "compute-sanitizer racecheck", 120, 30, _sanitizer("racecheck"),
         _no_sanitizer, emulated=False,
     ),
     Part("ops", "Ops", 120, 20, _module("ops")),

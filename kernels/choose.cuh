@@ -26,6 +26,15 @@ __device__ __forceinline__ uint64_t order_key(double x) {
     return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
 }
 
+// The number that has this key; NaN for the key of NaN.
+__device__ __forceinline__ double key_value(uint32_t key) {
+    return static_cast<double>(__uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key));
+}
+
+__device__ __forceinline__ double key_value(uint64_t key) {
+    return __longlong_as_double(static_cast<long long>(key >> 63 ? key & ~(uint64_t(1) << 63) : ~key));
+}
+
 __device__ __forceinline__ int leading_zeros(uint32_t v) { return __clz(static_cast<int>(v)); }
 __device__ __forceinline__ int leading_zeros(uint64_t v) { return __clzll(static_cast<long long>(v)); }
 
@@ -258,7 +267,8 @@ struct Chooser {
         const int other = lane % WARPS;
         best = Best<KEY>{static_cast<KEY>(shared.largest[other]), shared.index[other]}.over_warp();
         const int greedy = static_cast<int>(best.index);
-        const double highest = static_cast<double>(logits[greedy]);
+        // Not logits[greedy]: where all return at once, those of the next character may be there already.
+        const double highest = key_value(best.key);
         // Infinite or NaN: no distribution to draw from.
         if (how.inverse_temperature == 0.0 || !(fabs(highest) <= 1.7976931348623157e308)) return greedy;
 

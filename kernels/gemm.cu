@@ -41,6 +41,14 @@ __device__ __forceinline__ void store_vector(REAL* p, const Vector<n>& v) {
     *reinterpret_cast<Vector<n>*>(p) = v;
 }
 
+// 16 bytes for other blocks to read. Said so, or the compiler takes the store apart.
+__device__ __forceinline__ void store_part(REAL* p, const Vector<WIDTH>& v) {
+    if constexpr (sizeof(REAL) == 4)
+        __stcg(reinterpret_cast<float4*>(p), make_float4(v.v[0], v.v[1], v.v[2], v.v[3]));
+    else
+        __stcg(reinterpret_cast<double2*>(p), make_double2(v.v[0], v.v[1]));
+}
+
 // ------------------------------------------------------------------------------------------------- a block's products
 // Fragments: what a thread holds of the operands for one step of k. Accumulators: what it owns of the tile of C.
 
@@ -575,7 +583,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_kernel(
             const uint32_t first = deal.block_of(tile_start), last = deal.block_of(tile_start + deal.depth - 1);
             REAL* const left = partial + deal.slot(blockIdx.x, tile_start);
             for (int e = thread_index() * WIDTH; e < TILE; e += THREADS * WIDTH)
-                store_vector<WIDTH>(left + e, tile_elements<WIDTH>(shared, e, COPIES_C));
+                store_part(left + e, tile_elements<WIDTH>(shared, e, COPIES_C));
             // The barrier orders every thread's stores before thread 0's increment; acquire and release order the increments
             // of all blocks before what follows the last one; the second barrier hands that on to the block's threads. The
             // last increment wraps the counter to zero, ready for the next launch.

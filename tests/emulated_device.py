@@ -133,6 +133,9 @@ class EmulatedDevice(Device):
         for run in self._branches.pop(name):
             self._submit(run)
 
+    def abandon(self) -> None:
+        self._branches.clear()
+
     def capture(self, submit: Callable[[], None]) -> Graph:
         assert self._recording is None, "captures do not nest"
         work: list[Callable[[], None]] = []

@@ -315,6 +315,28 @@ def test_a_failed_capture_is_ended_and_leaves_no_branch_open(fake: FakeCupy) -> 
     assert fake.log == [("side 2", "after", "caller")]
 
 
+def test_a_branch_left_open_by_a_failure_can_be_forgotten(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+    with device.branch("b"):
+        pass
+    device.abandon()
+    fake.log.clear()
+    with device.branch("b"):
+        pass
+    assert fake.log == [("side 1", "after", "caller")]
+
+
+def test_every_device_has_functions_and_limits_of_its_own(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+    for number in (0, 1):
+        fake.cuda.runtime.getDevice = lambda number=number: number
+        for module in fake.modules:
+            module.get_function(WIDE.name).max_dynamic_shared_size_bytes = 0
+        device.launch(WIDE, 1, [])
+        limit = fake.modules[0].get_function(WIDE.name).max_dynamic_shared_size_bytes
+        assert limit == WIDE.shared_bytes
+
+
 def test_the_sources_are_found() -> None:
     assert (KERNELS / "common.cuh").exists()
     assert len(cupy_device.source_digest()) == 16

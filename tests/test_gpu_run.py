@@ -107,6 +107,21 @@ def test_all_parts_run_on_the_emulator(tmp_path: Path) -> None:
     assert "## Goals" not in text
 
 
+def test_ops_end_where_the_context_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost:
+        name = "cupy"
+
+        def sync(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    saved: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu_parts, "backends", lambda emulate: [Lost()])
+    monkeypatch.setattr(gpu_parts, "copy_rate", lambda emulate: None)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        gpu_parts.ops(saved.append, emulate=True)
+    assert ["failed" in row for row in saved[-1]["rows"]] == [True]
+
+
 def test_goals_are_judged_by_what_was_measured() -> None:
     def row(op: str, seconds: float) -> dict[str, Any]:
         return {

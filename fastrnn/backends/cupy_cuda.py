@@ -165,10 +165,18 @@ class CupyBackend(Backend):
         if recurrence.fits(z.shape[2], z.dtype, self.device, z.shape[1]):
             recurrence.recurrence(self.device, z, W_hh, h0, h)
             return
+        self._count(scratch, share)
         before = h0
         for z_t, h_t in zip(z, h, strict=True):
             project.tanh_step(self.device, before, W_hh, z_t, h_t, scratch=scratch, **share)
             before = h_t
+
+    def _count(self, scratch: Scratch, share: Share) -> None:
+        """Counters for one product after another, which each leaves at zero: cleared once."""
+        if "counters" not in share:
+            needed = gemm.counters_needed(self.device.arch)
+            share["counters"] = scratch("recurrence counters", needed, np.uint32)
+            self.device.fill_zero(share["counters"])
 
     def recurrence_backward(
         self,
@@ -202,6 +210,7 @@ class CupyBackend(Backend):
         if recurrence.fits(h.shape[2], h.dtype, self.device, h.shape[1]):
             recurrence.recurrence_backward(self.device, dh, h, W_hh, dz, dh0)
             return
+        self._count(scratch, share)
         after = None
         for t in reversed(range(len(h))):
             project.tanh_step_backward(
@@ -376,6 +385,7 @@ class CupyBackend(Backend):
     def _begin(self, ws: Workspace, run: _Run, starts: Array, lr: float, max_norm: float) -> None:
         """Cut the batches of a run into windows, sort their tokens, set the rates."""
         n, V = len(starts), ws.dims.V
+        self.device.abandon()
         gather.window(self.device, ws.tokens, starts, run.x[:n], run.y[:n])
         gather.sort(self.device, run.x[:n], V, run.order[:n], run.bounds[:n], self._scratch)
         self.put(np.array([lr, max_norm], np.float64), out=run.rates)
@@ -436,19 +446,22 @@ class CupyBackend(Backend):
         logits, W_hq = own["logits"], own["W_hq"]
         V, ld = ws.dims.V, logits.shape[2]
         self._forward(ws, run)
+        project.project_backward_h(
+            device, logits, W_hq, ws.dh, V, ld_W=ld, ld_logits=ld, scratch=held, **own["main"]
+        )
+        # dW_hq fills what BPTT leaves of the device: it must not begin before dh is there, nor its
+        # blocks be placed before those of BPTT.
+        with device.branch("output"):
+            project.column_sum(
+                device, logits, g["b_q"], len(own["losses"]), V, ld=ld,
+                scratch=held.under("output"),
+            )  # fmt: skip
+        self._bptt(ws.dh, ws.h, p["W_hh"], ws.dz, ws.dh0, held, **own["main"])
         with device.branch("output"):
             project.project_backward_W(
                 device, ws.h, logits, g["W_hq"], ld_logits=ld,
                 scratch=held.under("output"), **own["beside"],
             )  # fmt: skip
-            project.column_sum(
-                device, logits, g["b_q"], len(own["losses"]), V, ld=ld,
-                scratch=held.under("output"),
-            )  # fmt: skip
-        project.project_backward_h(
-            device, logits, W_hq, ws.dh, V, ld_W=ld, ld_logits=ld, scratch=held, **own["main"]
-        )
-        self._bptt(ws.dh, ws.h, p["W_hh"], ws.dz, ws.dh0, held, **own["main"])
         with device.branch("rows"):
             gather.scatter_add(
                 device, ws.dz, run.order, run.bounds, g["W_xh"], g["b_h"],

@@ -139,9 +139,10 @@ class CupyDevice(Device):
             f"-DFASTRNN_SOURCES={source_digest()}",
         )
         self._modules: dict[tuple[str, tuple[tuple[str, int | str], ...]], Any] = {}
-        self._functions: dict[Kernel, Any] = {}
+        # By device as well: each has a function of its own, and limits set on it.
+        self._functions: dict[tuple[int, Kernel], Any] = {}
         self._shared_limits: dict[Any, int] = {}
-        self._clusters: dict[Kernel, int] = {}
+        self._clusters: dict[tuple[int, Kernel], int] = {}
         self._lock = threading.Lock()
         # Streams and events belong to the thread that submits: two threads may run ops at once.
         self._local = threading.local()
@@ -179,14 +180,16 @@ class CupyDevice(Device):
     # --- work ---
 
     def launch(self, kernel: Kernel, grid: int | tuple[int, ...], args: Sequence[Any]) -> None:
-        function = self._functions.get(kernel)
-        if function is None:
-            function = self._compile(kernel)
+        function = self._function(kernel)
         blocks = (grid,) if isinstance(grid, int) else grid
         pointers = tuple(np.uint64(0) if a is None else a for a in args)
         function(blocks, (kernel.threads,), pointers, shared_mem=kernel.shared_bytes)
 
-    def _compile(self, kernel: Kernel) -> Any:
+    def _function(self, kernel: Kernel) -> Any:
+        device = self._cupy.cuda.runtime.getDevice()
+        return self._functions.get((device, kernel)) or self._compile(device, kernel)
+
+    def _compile(self, device: int, kernel: Kernel) -> Any:
         with self._lock:
             key = (kernel.file, kernel.defines)
             if key not in self._modules:
@@ -198,22 +201,24 @@ class CupyDevice(Device):
             function = self._modules[key].get_function(kernel.name)
             # The limit belongs to the function, which kernels of several sizes may share. With
             # its static shared memory it can need the opt-in below 48 KiB as well.
-            limit = max(kernel.shared_bytes, self._shared_limits.get((key, kernel.name), 0))
+            known = (device, key, kernel.name)
+            limit = max(kernel.shared_bytes, self._shared_limits.get(known, 0))
             if limit:
                 function.max_dynamic_shared_size_bytes = limit
-                self._shared_limits[key, kernel.name] = limit
-            self._functions[kernel] = function
+                self._shared_limits[known] = limit
+            self._functions[device, kernel] = function
             return function
 
     def active_clusters(self, kernel: Kernel) -> int:
-        if kernel not in self._clusters:
-            self._clusters[kernel] = self._ask_active_clusters(kernel)
-        return self._clusters[kernel]
+        key = (self._cupy.cuda.runtime.getDevice(), kernel)
+        if key not in self._clusters:
+            self._clusters[key] = self._ask_active_clusters(kernel)
+        return self._clusters[key]
 
     def _ask_active_clusters(self, kernel: Kernel) -> int:
         if self.arch.capability < 90 or not kernel.runs_on(self.arch.capability):
             return 0
-        function = self._functions.get(kernel) or self._compile(kernel)
+        function = self._function(kernel)
         try:
             driver = importlib.import_module("cuda.bindings.driver")
         except ImportError:
@@ -257,6 +262,9 @@ class CupyDevice(Device):
         stream = self._branches.pop(name)
         self._cupy.cuda.get_current_stream().wait_event(self._event(stream))
 
+    def abandon(self) -> None:
+        self._branches.clear()
+
     def capture(self, submit: Callable[[], None]) -> Graph:
         # The legacy default stream cannot be captured: record on a stream of our own.
         stream = self._side_stream("capture")
@@ -265,7 +273,7 @@ class CupyDevice(Device):
             try:
                 submit()
             except BaseException:
-                self._branches.clear()
+                self.abandon()
                 with contextlib.suppress(Exception):
                     stream.end_capture()  # leaves the stream usable; the graph is void
                 raise

@@ -145,6 +145,10 @@ class Device(ABC):
         """What is submitted from here on starts after the branch's work."""
 
     @abstractmethod
+    def abandon(self) -> None:
+        """Forget the branches that were left open by work that failed."""
+
+    @abstractmethod
     def capture(self, submit: Callable[[], None]) -> Graph:
         """Record what ``submit`` submits, without running it.
 

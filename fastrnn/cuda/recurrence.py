@@ -14,6 +14,7 @@ Larger H and float64 are for the caller: a GEMM a step (see :func:`fits`).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,7 @@ def _launch(device: Device, op: str, T: int, B: int, H: int, arrays: list[Array 
     device.launch(kernel, min(B, kernel.blocks * device.arch.multiprocessors), args)
 
 
+@functools.cache
 def _block(op: str, H: int, capability: int) -> Kernel:
     """A block a row."""
     size = min(s for s in SIZES if s >= H)
@@ -144,6 +146,7 @@ def _block(op: str, H: int, capability: int) -> Kernel:
     )
 
 
+@functools.cache
 def _cluster(op: str, H: int) -> Kernel:
     """A cluster a row, 64 columns a block, four of them for every ``size / 32`` threads."""
     size = min(s for s in CLUSTERS if s >= H)
