@@ -448,6 +448,12 @@ def test_an_array_on_the_host_is_refused_by_name(backend: NumbaCudaBackend) -> N
         backend.recurrence(z, z[0], z[0])
 
 
+def test_a_transposed_array_is_refused(backend: NumbaCudaBackend) -> None:
+    turned = cuda.to_device(np.zeros((3, 2), np.float32, order="F"))
+    with pytest.raises(ValueError, match=r"C order, got strides \(4, 12\)"):
+        backend.put(np.zeros((3, 2), np.float32), out=turned)
+
+
 # --- wrong twins -----------------------------------------------------------------------------
 
 

@@ -246,6 +246,66 @@ def test_a_missing_driver_is_named() -> None:
         NumbaCudaBackend()
 
 
+class LibraryNotFoundError(RuntimeError):
+    """In place of what the loader of cuda.bindings raises."""
+
+
+def test_a_missing_libnvvm_is_named() -> None:
+    """Numba raises or says no, by its version, and finds nothing wrong with the driver."""
+    path = "/site-packages/numba_cuda/numba/cuda/__init__.py"
+    silent, loud = pretended_cuda(path, False), pretended_cuda(path, False)
+
+    def is_available() -> bool:
+        raise LibraryNotFoundError("Failure finding\n'libnvvm.so'")
+
+    loud.__dict__["is_available"] = is_available
+    for cuda, what in (
+        (silent, "does not find libNVVM"),
+        (loud, "LibraryNotFoundError: Failure finding 'libnvvm.so'"),
+    ):
+        with (
+            mock.patch.dict(sys.modules, {"numba.cuda": cuda}),
+            pytest.raises(BackendUnavailableError, match=rf"{what}.*pip install.*CUDA_HOME"),
+        ):
+            NumbaCudaBackend()
+
+
+def test_a_device_that_does_not_open_is_unavailable() -> None:
+    def stream() -> Any:
+        raise LibraryNotFoundError("[46] the device is busy")
+
+    cuda = pretended_cuda("/site-packages/numba_cuda/numba/cuda/__init__.py", True)
+    cuda.__dict__["stream"] = stream
+    with (
+        mock.patch.dict(sys.modules, {"numba.cuda": cuda}),
+        pytest.raises(
+            BackendUnavailableError, match=r"no device opens: .*\[46\] the device is busy"
+        ),
+    ):
+        NumbaCudaBackend(geometry="any", kernels=SimpleNamespace(SIMULATED=False))
+
+
+@needs_package
+def test_the_package_is_found_where_no_pth_file_is_read() -> None:
+    """As on ``PYTHONPATH`` after ``pip install --target``."""
+    packages = {
+        str(Path(spec.origin).parent.parent)
+        for spec in map(
+            importlib.util.find_spec, ("numba", "numba_cuda", "numpy", "cuda.pathfinder")
+        )
+        if spec and spec.origin
+    }
+    code = "from fastrnn.backends.numba_cuda import maintained_cuda as m; print(m().__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *packages])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "numba_cuda" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_missing_package_is_named() -> None:
     with (
         mock.patch.dict(sys.modules, {"numba.cuda": None}),
@@ -265,6 +325,11 @@ def unopened() -> NumbaCudaBackend:
 
 
 class Wrapped(SimpleNamespace):
+    strides = ()
+
+    def is_c_contiguous(self) -> bool:
+        return not self.strides
+
     def bind(self, stream: Any) -> Wrapped:
         return Wrapped(**{**vars(self), "stream": stream})
 
@@ -305,9 +370,17 @@ def test_a_torch_tensor_brings_torchs_current_stream() -> None:
 
 def test_an_array_made_here_is_not_wrapped_again() -> None:
     backend = unopened()
-    own = SimpleNamespace(__cuda_ndarray__=True, stream=0)
+    own = Wrapped(__cuda_ndarray__=True, stream=0)
     assert backend.wrap(own) is own
     assert backend._stream(own) is backend.stream
+
+
+@pytest.mark.parametrize("kind", [{"__cuda_ndarray__": True}, {"__cuda_array_interface__": {}}])
+def test_an_array_in_another_order_is_refused(kind: dict[str, Any]) -> None:
+    backend = unopened()
+    backend._cuda = SimpleNamespace(as_cuda_array=lambda array, sync: array)
+    with pytest.raises(ValueError, match=r"expected an array in C order, got strides \(4, 12\)"):
+        backend.wrap(Wrapped(strides=(4, 12), **kind))
 
 
 # --- the captured step -----------------------------------------------------------------------
@@ -359,6 +432,21 @@ def test_a_failed_call_of_the_driver_is_an_error() -> None:
         Graph(9, driver).capture(),
     ):
         pass
+
+
+def test_a_graph_that_is_dropped_raises_nothing() -> None:
+    """Neither without the driver's bindings nor after an error that every later call reports."""
+    with mock.patch.dict(sys.modules, {"cuda.bindings.driver": None}):
+        half = Graph.__new__(Graph)
+        with pytest.raises(ImportError):
+            half.__init__(9)  # type: ignore[misc]
+    half.__del__()
+    driver = PretendedDriver(fails="cuGraphExecDestroy")
+    graph = Graph(9, driver)
+    with graph.capture():
+        pass
+    graph.__del__()
+    assert driver.calls[-1] == ("cuGraphExecDestroy", "executable")
 
 
 def test_an_error_while_capturing_leaves_the_stream_usable() -> None:

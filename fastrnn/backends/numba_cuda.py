@@ -5,9 +5,10 @@ CuPy, and as an independent implementation beside the CUDA C one. The kernels ar
 :mod:`fastrnn.backends.numba_cuda_kernels`; this module opens the device, keeps the memory and
 launches.
 
-Streams: an op runs on the stream that its first array is bound to. Arrays made here are bound to
-the backend's own stream; a CuPy array brings CuPy's current stream, a torch tensor torch's. Nothing
-in an op or a step waits for the device. ``run_steps`` submits a captured CUDA graph a step.
+Streams: an op runs on the stream that its first array is bound to, and is ordered after nothing
+else: the arrays of one call are expected on one stream. Arrays made here are bound to the backend's
+own stream; a CuPy array brings CuPy's current stream, a torch tensor torch's. Nothing in an op or a
+step waits for the device. ``run_steps`` submits captured CUDA graphs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,9 @@ from fastrnn.backend import Array, Backend, BackendUnavailableError, HostArray, 
 from fastrnn.decoding import Decoding
 
 INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
+LIBNVVM = (
+    "libNVVM comes with pip install 'numba-cuda[cu13]' (or cu12), or set CUDA_HOME to a toolkit"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +42,9 @@ def maintained_cuda() -> Any:
         BackendUnavailableError: numba-cuda is missing, or numba's own deprecated ``cuda`` module
             answers in its place; the message says which.
     """
+    # Its .pth file does this where it is installed; not where it is only on PYTHONPATH.
+    with suppress(ImportError):
+        importlib.import_module("_numba_cuda_redirector")
     try:
         cuda = importlib.import_module("numba.cuda")
     except ImportError as error:
@@ -60,12 +67,31 @@ def load_cuda() -> Any:
             which.
     """
     cuda = maintained_cuda()
-    if not cuda.is_available():
-        reason = " ".join(str(cuda.cuda_error() or "no CUDA device found").split())
+    with _opening():
+        available, reason = cuda.is_available(), cuda.cuda_error()
+    if not available and not reason:  # the driver works
+        raise BackendUnavailableError(f"backend 'numba-cuda' does not find libNVVM; {LIBNVVM}")
+    if not available:
         raise BackendUnavailableError(
-            f"backend 'numba-cuda' needs an NVIDIA GPU and its driver: {reason}"
+            f"backend 'numba-cuda' needs an NVIDIA GPU and its driver: {_line(reason)}"
         )
     return cuda
+
+
+@contextmanager
+def _opening() -> Iterator[None]:
+    """Turn what numba raises while a device opens into :class:`BackendUnavailableError`."""
+    try:
+        yield
+    except Exception as error:  # an ImportError, RuntimeError or CudaAPIError, by what fails
+        raise BackendUnavailableError(
+            f"backend 'numba-cuda': no device opens: {type(error).__name__}: {_line(error)}; "
+            f"{LIBNVVM}"
+        ) from error
+
+
+def _line(message: Any) -> str:
+    return " ".join(str(message).split())
 
 
 class Graph:
@@ -76,9 +102,9 @@ class Graph:
     """
 
     def __init__(self, stream: Any, driver: Any = None) -> None:
+        self._executable: Any = None
         self._driver = driver or importlib.import_module("cuda.bindings.driver")
         self._handle = int(stream)
-        self._executable: Any = None
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -100,13 +126,14 @@ class Graph:
 
     def close(self) -> None:
         """Free the graph; a launched one finishes first."""
-        if self._executable is not None:
-            self._call("cuGraphExecDestroy", self._executable)
-            self._executable = None
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            self._call("cuGraphExecDestroy", executable)
 
     def __del__(self) -> None:
         if sys is not None and not sys.is_finalizing():
-            self.close()
+            with suppress(RuntimeError):  # after a sticky error every call of the driver fails
+                self.close()
 
     def _call(self, name: str, *args: Any) -> Any:
         status, *results = getattr(self._driver, name)(*args)
@@ -147,13 +174,14 @@ class NumbaCudaBackend(Backend):
         self.geometry = geometry or self._kernels.Geometry()
         self.simulated = bool(self._kernels.SIMULATED)
         self._captures = not self.simulated
-        self.stream = self._cuda.stream()
-        # For work beside the critical path of a step; they begin and end on `stream`.
-        self._sides = self._cuda.stream(), self._cuda.stream()
-        self._events: dict[str, Any] = {}
         self._multiprocessors = 4
-        if not self.simulated:
-            self._multiprocessors = self._cuda.get_current_device().MULTIPROCESSOR_COUNT
+        with _opening():
+            self.stream = self._cuda.stream()
+            # For work beside the critical path of a step; they begin and end on `stream`.
+            self._sides = self._cuda.stream(), self._cuda.stream()
+            if not self.simulated:
+                self._multiprocessors = self._cuda.get_current_device().MULTIPROCESSOR_COUNT
+        self._events: dict[str, Any] = {}
         self._scratch_arrays: dict[tuple[int, str, str], Array] = {}
         self._constants: dict[str, Array] = {}
 
@@ -206,15 +234,19 @@ class NumbaCudaBackend(Backend):
 
         Raises:
             TypeError: it has no ``__cuda_array_interface__`` (is not on a GPU).
+            ValueError: it is not in C order.
         """
         if getattr(array, "__cuda_ndarray__", False):
-            return array
-        if not hasattr(array, "__cuda_array_interface__"):
+            wrapped = array
+        elif hasattr(array, "__cuda_array_interface__"):
+            wrapped = self._cuda.as_cuda_array(array, sync=False)
+        else:
             raise TypeError(
                 "expected an array on the GPU (with __cuda_array_interface__), "
                 f"got {type(array).__module__}.{type(array).__name__}"
             )
-        wrapped = self._cuda.as_cuda_array(array, sync=False)
+        if not wrapped.is_c_contiguous():  # a compiled kernel would not notice
+            raise ValueError(f"expected an array in C order, got strides {wrapped.strides}")
         if type(array).__module__.partition(".")[0] == "torch":
             # Torch does not name its stream in the interface.
             handle = sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
