@@ -301,28 +301,66 @@ def test_every_order_between_streams_is_needed(dropped: str) -> None:
     assert not all(same(run(order, dropped), want) for order in ("last", 1, 2, 3, 4, 5))
 
 
-def test_a_captured_step_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+class Replayed:
+    """In place of a graph: what a :class:`Queued` backend held back while capturing.
+
+    Attributes:
+        launches: how often it ran. made: scratch arrays while capturing.
+    """
+
+    def __init__(self, backend: Queued) -> None:
+        self.backend, self.launches, self.made = backend, 0, 0
+        self.held: list[Any] = []
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        with self.backend.capture():
+            yield
+        self.held, self.made = self.backend.held, self.backend.made
+
+    def launch(self) -> None:
+        self.backend.held = self.held
+        self.backend.launch()
+        self.launches += 1
+
+
+def test_captured_steps_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture and replay as on a device, with the launches held back in place of a graph."""
     two = TwoSteps(5)
-    starts = np.concatenate([two.starts, two.starts[::-1], two.starts[:1]])
-    graphs: list[Queued] = []
+    starts = np.concatenate([two.starts, two.starts[::-1]] * 2 + [two.starts[:1]] * 2)
+    graphs: list[Replayed] = []
     results = []
     for captures in (False, True):
         backend = Queued("last")
         backend._captures = captures
 
-        def graph(stream: Any, backend: Queued = backend) -> Queued:
-            graphs.append(backend)
-            return backend
+        def graph(stream: Any, backend: Queued = backend) -> Replayed:
+            graphs.append(Replayed(backend))
+            return graphs[-1]
 
         monkeypatch.setattr("fastrnn.backends.numba_cuda.Graph", graph)
+        monkeypatch.setattr("fastrnn.backends.numba_cuda.GRAPH_STEPS", 3)
         ws = backend.workspace(two.dims, two.tokens, two.params)
-        backend.run_steps(ws, starts[:3], 0.5, 0.7, True)
-        backend.run_steps(ws, starts[3:], 0.25, 0.3, True)  # the same graph, at other rates
+        backend.run_steps(ws, starts[:5], 0.5, 0.7, True)  # one uncaptured, three, one
+        backend.run_steps(ws, starts[5:], 0.25, 0.3, True)  # the same graphs, at other rates
         results.append([backend.get(a) for a in (ws.flat_params, ws.h0, ws.totals)])
-    assert len(graphs) == 1
-    assert graphs[0].made == 0
+    assert [graph.launches for graph in graphs] == [2, 3]
+    assert [graph.made for graph in graphs] == [0, 0]
     assert same(*results)
+
+
+def test_a_longer_run_keeps_its_graphs(
+    backend: NumbaCudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastrnn.backends.numba_cuda.PLANNED_STEPS", 6)
+    ws = backend.workspace(TwoSteps(5).dims, TwoSteps(5).tokens, TwoSteps(5).params)
+    plan = backend._plan(ws, 1)
+    plan.warm.add(True)
+    assert backend._plan(ws, 6) is plan
+    longer = backend._plan(ws, 7)
+    assert longer is not plan
+    assert longer.warm == {True}
+    assert longer.starts.size == 14 * ws.dims.B
 
 
 def test_rates_are_read_anew_in_each_run(backend: NumbaCudaBackend) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -138,6 +139,8 @@ def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -
             assert 4 * 54 < table[name].registers <= 255
             assert not together or vector_loads(table[name].ptx) == 64 // 4 + 10
             assert fmas(table[name].ptx) >= 256
+        # Its loop compares 32-bit integers; what is left concerns loop bounds.
+        assert len(re.findall(r"setp\.\w+\.[su]64", table["rank"].ptx)) < 10
         for name in ("gemm_nn", "gemm_nt", "gemm_tn"):
             # A tile of 16 places of K unrolled: 32 products and three loads of four words a place.
             assert table[name].registers <= 128  # room for four blocks
@@ -381,6 +384,44 @@ def test_an_array_in_another_order_is_refused(kind: dict[str, Any]) -> None:
     backend._cuda = SimpleNamespace(as_cuda_array=lambda array, sync: array)
     with pytest.raises(ValueError, match=r"expected an array in C order, got strides \(4, 12\)"):
         backend.wrap(Wrapped(strides=(4, 12), **kind))
+
+
+# --- launches --------------------------------------------------------------------------------
+
+
+def test_a_launch_is_configured_once_for_a_stream_and_a_grid() -> None:
+    class Dispatcher:
+        configured: list[Any] = []  # noqa: RUF012
+
+        def __getitem__(self, configuration: Any) -> Any:
+            warnings.warn("Grid size 2 will likely result in under-utilization", stacklevel=1)
+            self.configured.append(configuration)
+            return list
+
+    backend = unopened()
+    backend.simulated, backend._launchers = False, {}
+    kernel = SimpleNamespace(dispatcher=Dispatcher(), threads=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stream in (7, 7, 8):
+            for grid in (2, (2, 3)):
+                backend._launch(stream, kernel, grid)
+    assert Dispatcher.configured == [(2, 64, 7), ((2, 3), 64, 7), (2, 64, 8), ((2, 3), 64, 8)]
+
+
+def test_products_are_split_into_even_shares() -> None:
+    """Tiles of K that the busiest of the multiprocessors has, at the headline size."""
+    backend = unopened()
+    backend.geometry = SimpleNamespace(tile_m=64, tile_n=64, tile_k=16)
+    backend._multiprocessors = 132
+
+    def busiest(multiprocessors: int, M: int, N: int, K: int) -> int:
+        splits, part = backend._splits(M, N, K)
+        blocks = -(-M // 64) * -(-N // 64) * splits
+        return -(-blocks // multiprocessors) * part // 16
+
+    assert busiest(132, 1120, 256, 1027) == 39  # dh
+    assert busiest(100, 256, 1027, 1120) == 56  # dW_hq, beside the 32 blocks of BPTT
 
 
 # --- the captured step -----------------------------------------------------------------------

@@ -27,6 +27,11 @@ import numpy as np
 from fastrnn.backend import Array, Backend, BackendUnavailableError, HostArray, Workspace
 from fastrnn.decoding import Decoding
 
+GRAPH_STEPS = 8
+"""Steps in a captured graph; what is left over is replayed one by one."""
+PLANNED_STEPS = 4096
+"""Steps whose offsets have room on the device from the start."""
+
 INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
 LIBNVVM = (
     "libNVVM comes with pip install 'numba-cuda[cu13]' (or cu12), or set CUDA_HOME to a toolkit"
@@ -95,9 +100,9 @@ def _line(message: Any) -> str:
 
 
 class Graph:
-    """A step captured once and launched again and again: one call of the driver instead of dozens.
+    """Work captured once and launched again and again: one call of the driver instead of dozens.
 
-    Everything the step reads that changes (start offsets, rates) is in device memory. numba-cuda
+    Everything it reads that changes (start offsets, rates) is in device memory. numba-cuda
     has no graphs of its own, so this calls the driver through ``cuda.bindings``.
     """
 
@@ -121,7 +126,7 @@ class Graph:
         self._call("cuGraphDestroy", graph)
 
     def launch(self) -> None:
-        """Submit the recorded step to the stream."""
+        """Submit what was recorded to the stream."""
         self._call("cuGraphLaunch", self._executable, self._handle)
 
     def close(self) -> None:
@@ -148,12 +153,13 @@ class _Plan:
 
     Attributes:
         starts: int32, room for the offsets of many steps. cursor: int32 ``[1]``, the step due.
-        graphs: by ``carry``. held: scratch that a captured graph writes to and must not lose.
+        graphs: by number of steps and ``carry``. warm: which ``carry`` has run uncaptured.
+        held: scratch that a captured graph writes to and must not lose.
     """
 
     starts: Array
     cursor: Array
-    graphs: dict[bool, Graph] = field(default_factory=dict)
+    graphs: dict[tuple[int, bool], Graph] = field(default_factory=dict)
     warm: set[bool] = field(default_factory=set)
     held: list[Array] = field(default_factory=list)
 
@@ -182,6 +188,7 @@ class NumbaCudaBackend(Backend):
             if not self.simulated:
                 self._multiprocessors = self._cuda.get_current_device().MULTIPROCESSOR_COUNT
         self._events: dict[str, Any] = {}
+        self._launchers: dict[tuple[Any, Any, int], Any] = {}
         self._scratch_arrays: dict[tuple[int, str, str], Array] = {}
         self._constants: dict[str, Array] = {}
 
@@ -265,12 +272,20 @@ class NumbaCudaBackend(Backend):
             if sys.stderr.isatty():
                 print(f"fastrnn: {message}", file=sys.stderr)
             _log.info(message)
-        dispatcher = kernel.dispatcher
-        with warnings.catch_warnings():
-            # Numba advises against grids of few blocks; a row of the batch is a block by design.
-            warnings.filterwarnings("ignore", message="Grid size")
-            launcher = dispatcher[grid, kernel.threads, stream]
-        launcher(*args)
+        self._launcher(kernel.dispatcher, grid, kernel.threads, stream)(*args)
+
+    def _launcher(self, dispatcher: Any, grid: Any, threads: int, stream: Any) -> Any:
+        """``dispatcher[grid, threads, stream]``, kept."""
+        if self.simulated:  # there it is the dispatcher itself, which remembers its last grid
+            return dispatcher[grid, threads, stream]
+        key = (dispatcher, grid, int(stream))
+        if key not in self._launchers:
+            with warnings.catch_warnings():
+                # Numba advises against grids of few blocks; a row of the batch is a block by
+                # design.
+                warnings.filterwarnings("ignore", message="Grid size")
+                self._launchers[key] = dispatcher[grid, threads, stream]
+        return self._launchers[key]
 
     def _order(self, first: Any, then: Any, what: str) -> None:
         """What is submitted to ``then`` from now on waits for what ``first`` holds by now."""
@@ -483,7 +498,10 @@ class NumbaCudaBackend(Backend):
         """Into how many parts to cut K, so that a small product fills the device; their length."""
         g = self.geometry
         tiles, depth = _ceil(M, g.tile_m) * _ceil(N, g.tile_n), _ceil(K, g.tile_k)
-        wanted = max(1, min(2 * self._multiprocessors // tiles, depth // 4))
+        # Up to three blocks a multiprocessor. At T·B = 1,120, H = 256, V = 1,027 the busiest of 132
+        # then has 39 tiles of K for dh, 44 with two blocks; for dW_hq, where BPTT leaves 100 of
+        # them, 56 instead of 72. Counted, not timed.
+        wanted = max(1, min(3 * self._multiprocessors // tiles, depth // 4))
         part = _ceil(depth, wanted) * g.tile_k
         return _ceil(K, part), part
 
@@ -655,14 +673,14 @@ class NumbaCudaBackend(Backend):
 
     def _update(self, ws: Workspace, rates: Array, moved: Array, carry: bool) -> None:
         """Norm, clipping, step, totals and the state to carry."""
-        stream, dtype, last = self.stream, ws.dims.dtype, _rows(ws.h)[-1]
+        stream, dtype, h = self.stream, ws.dims.dtype, _flat(ws.h)
         partial = self._sum_squares(stream, [ws.flat_grads])
         kernel = self._kernels.update_kernel(dtype, self.geometry)
         blocks = min(_ceil(ws.flat_params.size, kernel.threads), 8 * self._multiprocessors)
         self._launch(
             stream, kernel, blocks, ws.flat_params, ws.flat_grads, partial, rates,
             _flat(ws.loss), _flat(ws.norm), ws.totals, moved,
-            last, _flat(ws.h0), ws.h0.size if carry else 0,
+            h[h.size - ws.h0.size :], _flat(ws.h0), ws.h0.size if carry else 0,
         )  # fmt: skip
 
     def run_steps(
@@ -671,34 +689,50 @@ class NumbaCudaBackend(Backend):
         """Run ``len(starts)`` steps; ``starts`` is int32 ``[n, B]`` on the host.
 
         The first step of a workspace is submitted kernel by kernel, which compiles them and makes
-        their scratch; the next is captured as a graph, and all later ones launch that graph.
+        their scratch; all later ones are replays of captured graphs.
         """
         starts = np.ascontiguousarray(starts, dtype=np.int32)
         if not len(starts):
             return
-        plan = ws.extra.get("numba-cuda plan")
-        if plan is None or plan.starts.size < starts.size:
-            # Graphs hold the address of the old offsets: they go with them.
-            plan = _Plan(
-                starts=self.empty((2 * starts.size,), np.int32),
-                cursor=self.empty((1,), np.int32),
-            )
-            ws.extra["numba-cuda plan"] = plan
+        plan = self._plan(ws, len(starts))
         self.put(starts.ravel(), out=plan.starts[: starts.size])
         self.put(np.zeros(1, np.int32), out=plan.cursor)
         rates = self._set_rates(self.stream, lr, max_norm)
-        for _ in range(len(starts)):
-            if not self._captures or carry not in plan.warm:
+
+        def submit(steps: int) -> None:
+            for _ in range(steps):
                 self._submit(ws, plan.starts, plan.cursor, plan.cursor, rates, carry)
-                plan.warm.add(carry)
-                continue
-            if carry not in plan.graphs:
+
+        left = len(starts)
+        if not self._captures:
+            submit(left)
+            return
+        if carry not in plan.warm:
+            submit(1)
+            plan.warm.add(carry)
+            left -= 1
+        while left:
+            steps = GRAPH_STEPS if left >= GRAPH_STEPS else 1
+            if (steps, carry) not in plan.graphs:
                 graph = Graph(self.stream)
                 with self._cuda.defer_cleanup(), graph.capture():
-                    self._submit(ws, plan.starts, plan.cursor, plan.cursor, rates, carry)
-                plan.graphs[carry] = graph
+                    submit(steps)
+                plan.graphs[steps, carry] = graph
                 plan.held.extend(self._scratch_arrays.values())
-            plan.graphs[carry].launch()
+            plan.graphs[steps, carry].launch()
+            left -= steps
+
+    def _plan(self, ws: Workspace, steps: int) -> _Plan:
+        """The plan of a workspace, with room for the offsets of ``steps`` steps."""
+        plan: _Plan | None = ws.extra.get("numba-cuda plan")
+        if plan is None or plan.starts.size < steps * ws.dims.B:
+            # Graphs hold the address of the old offsets: they go with them.
+            plan = ws.extra["numba-cuda plan"] = _Plan(
+                starts=self.empty((max(2 * steps, PLANNED_STEPS) * ws.dims.B,), np.int32),
+                cursor=self.empty((1,), np.int32),
+                warm=plan.warm if plan else set(),
+            )
+        return plan
 
     # --- generation ---
 

@@ -162,7 +162,7 @@ def repeated(step: Callable[..., Any], count: int) -> Callable[..., Any]:
     return both
 
 
-u32, u64 = np.uint32, np.uint64
+i32, u32, u64 = np.int32, np.uint32, np.uint64
 UNROLL = 16  # loads on their way at once, where few threads read much
 
 
@@ -239,27 +239,28 @@ def rank_kernel(geometry: Geometry) -> Kernel:
     def rank(tokens: Any, order: Any, bounds: Any) -> None:
         staged = cuda.shared.array(THREADS, dtype=types.int32)
         tid = u32(cuda.threadIdx.x)
-        N = tokens.shape[0]
-        q = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        own = q - N  # an id where q >= N, else the id of token q
-        last = 0  # tokens before this one win a tie
+        N = i32(tokens.shape[0])
+        q = i32(cuda.blockIdx.x * THREADS + cuda.threadIdx.x)
+        own = i32(q - N)  # an id where q >= N, else the id of token q
+        last = i32(0)  # tokens before this one win a tie
         if q < N:
             own = tokens[q]
             last = q
-        count = 0
+        count = i32(0)
         for first in range(0, N, THREADS):
             if first + tid < N:
                 staged[tid] = tokens[first + tid]
             cuda.syncthreads()
-            for i in range(min(THREADS, N - first)):
+            earlier = i32(last - first)
+            for i in range(min(i32(THREADS), i32(N - first))):
                 other = staged[u32(i)]
-                if other < own or (other == own and first + i < last):
-                    count += 1
+                if other < own or (other == own and i32(i) < earlier):
+                    count = i32(count + 1)
             cuda.syncthreads()
         if q < N:
             order[count] = q
-        elif q - N < bounds.shape[0]:
-            bounds[q - N] = count
+        elif own < bounds.shape[0]:
+            bounds[own] = count
 
     return Kernel("rank", rank, (INTS, INTS, INTS), geometry.threads)
 
