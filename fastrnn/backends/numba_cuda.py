@@ -635,31 +635,34 @@ class NumbaCudaBackend(Backend):
 
         ``main`` holds what the next kernel waits for. A recurrence leaves most multiprocessors
         idle: what can wait runs beside it. The blocks of a recurrence take whole multiprocessors,
-        so beside BPTT the small kernels come first and leave it time to be placed.
+        so beside BPTT a small kernel comes first and leaves it time to be placed.
         """
         p, g, (T, B, H, V) = ws.params, ws.grads, (ws.dims.T, ws.dims.B, ws.dims.H, ws.dims.V)
         main, (side, other) = self.stream, self._sides
 
         self._order(main, side, "begin")
         self._window(side, ws.tokens, starts, cursor, ws.x, ws.y)
+        self._order(side, other, "x")
         if self.geometry.fits(H):
             inputs = p["W_xh"], p["b_h"], ws.tokens, starts, cursor
             self._one_block_a_row(main, True, *inputs, p["W_hh"], ws.h0, ws.h)
+            self._order(side, main, "window")  # the loss reads y
         else:
             self._order(side, main, "window")
             self._gather(main, p["W_xh"], ws.x, p["b_h"], ws.z)
             self._recurrence(main, ws.z, p["W_hh"], ws.h0, ws.h)
-        order, bounds = self._rank(side, ws.x, V)
-        Wt = self._turned(side, p["W_hh"])
+        order, bounds = self._rank(other, ws.x, V)
+        Wt = self._turned(other, p["W_hh"])
 
         self._gemm(main, ws.h, p["W_hq"], _flat(ws.logits), T * B, V, H, bias=p["b_q"])
-        self._order(side, main, "rank")
         losses = self._cross_entropy(main, ws.logits, ws.y, ws.logits)
         self._gemm(main, ws.logits, p["W_hq"], _flat(ws.dh), T * B, H, V, trans_b=True)
 
+        self._order(other, main, "Wt")
         self._order(main, side, "dh")
+        self._order(main, other, "dlogits")
         self._bptt(main, ws.dh, ws.h, p["W_hh"], Wt, ws.dz, ws.dh0)
-        self._column_sum(side, ws.logits, g["b_q"])
+        self._column_sum(other, ws.logits, g["b_q"])
         self._mean(side, losses, ws.loss)
         self._gemm(side, ws.h, ws.logits, _flat(g["W_hq"]), H, V, T * B, trans_a=True)
 
