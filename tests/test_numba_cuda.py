@@ -151,7 +151,7 @@ def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -
 def wrong(name: str) -> Any:
     """A kernel that the gate must reject."""
     module, cuda = kernels(), importlib.import_module("numba").cuda
-    types, thread = module.types, np.uint32
+    types, thread = cuda.types, np.uint32
     if name == "local memory":
 
         def kernel(x: Any, n: Any) -> None:
@@ -178,7 +178,7 @@ def wrong(name: str) -> Any:
             cuda.syncthreads()
             x[0] = tile[n]
 
-    return module.Kernel(name, kernel, (module._vector(types.float32), types.int32), 256)
+    return module.Kernel(name, kernel, (types.Array(types.float32, 1, "C"), types.int32), 256)
 
 
 @needs_compiler
@@ -233,7 +233,8 @@ def test_the_old_built_in_module_is_refused() -> None:
     ):
         load_cuda()
     with mock.patch.dict(sys.modules, {"numba.cuda": cuda}):
-        sys.modules.pop("fastrnn.backends.numba_cuda_kernels", None)
+        for name in [n for n in sys.modules if n.startswith("fastrnn.backends.numba_cuda_kernels")]:
+            del sys.modules[name]
         with pytest.raises(BackendUnavailableError, match="built-in module answers"):
             kernels()
 

@@ -169,7 +169,7 @@ class NumbaCudaBackend(Backend):
 
     Args:
         geometry: block and tile sizes; None for those meant for real devices.
-        kernels: the module of kernel factories; None for the package's own.
+        kernels: what holds the kernel factories; None for the package's own.
     """
 
     name = "numba-cuda"
