@@ -33,9 +33,7 @@ PLANNED_STEPS = 4096
 """Steps whose offsets have room on the device from the start."""
 
 INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
-LIBNVVM = (
-    "libNVVM comes with pip install 'numba-cuda[cu13]' (or cu12), or set CUDA_HOME to a toolkit"
-)
+LIBNVVM = "pip install 'numba-cuda[cu13]' (or cu12), or set CUDA_HOME to a toolkit"
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +89,7 @@ def _opening() -> Iterator[None]:
     except Exception as error:  # an ImportError, RuntimeError or CudaAPIError, by what fails
         raise BackendUnavailableError(
             f"backend 'numba-cuda': no device opens: {type(error).__name__}: {_line(error)}; "
-            f"{LIBNVVM}"
+            f"where libNVVM is missing: {LIBNVVM}"
         ) from error
 
 
