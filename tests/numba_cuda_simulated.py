@@ -294,35 +294,76 @@ def test_streams_may_run_in_any_order_they_are_allowed(H: int) -> None:
         assert same(run(order), want), order
 
 
-@pytest.mark.parametrize("dropped", ["begin", "window", "rank", "dh", "dz", "dW_hq", "dW_xh"])
-def test_every_order_between_streams_is_needed(dropped: str) -> None:
-    run = TwoSteps(17 if dropped == "window" else 5)
+ORDERS = ("begin", "x", "window", "Wt", "dh", "dlogits", "dz", "dW_hq", "dW_xh")
+
+
+@pytest.mark.parametrize(("dropped", "H"), [*((o, 5) for o in ORDERS), ("window", 17)])
+def test_every_order_between_streams_is_needed(dropped: str, H: int) -> None:
+    run = TwoSteps(H)
     want = run("first")
     assert not all(same(run(order, dropped), want) for order in ("last", 1, 2, 3, 4, 5))
 
 
-def test_a_captured_step_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+class Replayed:
+    """In place of a graph: what a :class:`Queued` backend held back while capturing.
+
+    Attributes:
+        launches: how often it ran. made: scratch arrays while capturing.
+    """
+
+    def __init__(self, backend: Queued) -> None:
+        self.backend, self.launches, self.made = backend, 0, 0
+        self.held: list[Any] = []
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        with self.backend.capture():
+            yield
+        self.held, self.made = self.backend.held, self.backend.made
+
+    def launch(self) -> None:
+        self.backend.held = self.held
+        self.backend.launch()
+        self.launches += 1
+
+
+def test_captured_steps_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture and replay as on a device, with the launches held back in place of a graph."""
     two = TwoSteps(5)
-    starts = np.concatenate([two.starts, two.starts[::-1], two.starts[:1]])
-    graphs: list[Queued] = []
+    starts = np.concatenate([two.starts, two.starts[::-1]] * 2 + [two.starts[:1]] * 2)
+    graphs: list[Replayed] = []
     results = []
     for captures in (False, True):
         backend = Queued("last")
         backend._captures = captures
 
-        def graph(stream: Any, backend: Queued = backend) -> Queued:
-            graphs.append(backend)
-            return backend
+        def graph(stream: Any, backend: Queued = backend) -> Replayed:
+            graphs.append(Replayed(backend))
+            return graphs[-1]
 
         monkeypatch.setattr("fastrnn.backends.numba_cuda.Graph", graph)
+        monkeypatch.setattr("fastrnn.backends.numba_cuda.GRAPH_STEPS", 3)
         ws = backend.workspace(two.dims, two.tokens, two.params)
-        backend.run_steps(ws, starts[:3], 0.5, 0.7, True)
-        backend.run_steps(ws, starts[3:], 0.25, 0.3, True)  # the same graph, at other rates
+        backend.run_steps(ws, starts[:5], 0.5, 0.7, True)  # one uncaptured, three, one
+        backend.run_steps(ws, starts[5:], 0.25, 0.3, True)  # the same graphs, at other rates
         results.append([backend.get(a) for a in (ws.flat_params, ws.h0, ws.totals)])
-    assert len(graphs) == 1
-    assert graphs[0].made == 0
+    assert [graph.launches for graph in graphs] == [2, 3]
+    assert [graph.made for graph in graphs] == [0, 0]
     assert same(*results)
+
+
+def test_a_longer_run_keeps_its_graphs(
+    backend: NumbaCudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastrnn.backends.numba_cuda.PLANNED_STEPS", 6)
+    ws = backend.workspace(TwoSteps(5).dims, TwoSteps(5).tokens, TwoSteps(5).params)
+    plan = backend._plan(ws, 1)
+    plan.warm.add(True)
+    assert backend._plan(ws, 6) is plan
+    longer = backend._plan(ws, 7)
+    assert longer is not plan
+    assert longer.warm == {True}
+    assert longer.starts.size == 14 * ws.dims.B
 
 
 def test_rates_are_read_anew_in_each_run(backend: NumbaCudaBackend) -> None:
@@ -448,17 +489,25 @@ def test_an_array_on_the_host_is_refused_by_name(backend: NumbaCudaBackend) -> N
         backend.recurrence(z, z[0], z[0])
 
 
+def test_a_transposed_array_is_refused(backend: NumbaCudaBackend) -> None:
+    turned = cuda.to_device(np.zeros((3, 2), np.float32, order="F"))
+    with pytest.raises(ValueError, match=r"C order, got strides \(4, 12\)"):
+        backend.put(np.zeros((3, 2), np.float32), out=turned)
+
+
 # --- wrong twins -----------------------------------------------------------------------------
 
 
-def twin(right: str, wrong: str) -> types.ModuleType:
-    """The kernels' module with one line changed."""
-    source = inspect.getsource(kernels)
-    assert source.count(right) >= 1, f"the kernels no longer contain {right!r}"
+def twin(right: str, wrong: str) -> types.SimpleNamespace:
+    """The kernels with one line of one file changed."""
+    files = [module for module in vars(kernels).values() if inspect.ismodule(module)]
+    sources = [source for source in map(inspect.getsource, files) if right in source]
+    assert len(sources) == 1, f"{len(sources)} files of the kernels contain {right!r}"
     module = types.ModuleType("fastrnn_wrong_twin")
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(source.replace(right, wrong), f"twin of {right!r}", "exec"), module.__dict__)
-    return module
+    exec(compile(sources[0].replace(right, wrong), f"twin of {right!r}", "exec"), module.__dict__)
+    changed = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    return types.SimpleNamespace(**{**vars(kernels), **changed})
 
 
 def check_recurrence(backend: NumbaCudaBackend) -> None:
@@ -580,7 +629,6 @@ def test_the_right_kernels_pass(check: Any, backend: NumbaCudaBackend) -> None:
     ("right", "wrong", "check"), [t[1:] for t in TWINS], ids=[t[0] for t in TWINS]
 )
 def test_wrong_twins_are_rejected(right: str, wrong: str, check: Any) -> None:
-    module = twin(right, wrong)
-    geometry = module.Geometry(**vars(TOY))
+    backend = NumbaCudaBackend(TOY, twin(right, wrong))
     with pytest.raises(AssertionError):
-        check(NumbaCudaBackend(geometry, module))
+        check(backend)

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -138,6 +139,8 @@ def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -
             assert 4 * 54 < table[name].registers <= 255
             assert not together or vector_loads(table[name].ptx) == 64 // 4 + 10
             assert fmas(table[name].ptx) >= 256
+        # Its loop compares 32-bit integers; what is left concerns loop bounds.
+        assert len(re.findall(r"setp\.\w+\.[su]64", table["rank"].ptx)) < 10
         for name in ("gemm_nn", "gemm_nt", "gemm_tn"):
             # A tile of 16 places of K unrolled: 32 products and three loads of four words a place.
             assert table[name].registers <= 128  # room for four blocks
@@ -148,7 +151,7 @@ def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -
 def wrong(name: str) -> Any:
     """A kernel that the gate must reject."""
     module, cuda = kernels(), importlib.import_module("numba").cuda
-    types, thread = module.types, np.uint32
+    types, thread = cuda.types, np.uint32
     if name == "local memory":
 
         def kernel(x: Any, n: Any) -> None:
@@ -175,7 +178,7 @@ def wrong(name: str) -> Any:
             cuda.syncthreads()
             x[0] = tile[n]
 
-    return module.Kernel(name, kernel, (module._vector(types.float32), types.int32), 256)
+    return module.Kernel(name, kernel, (types.Array(types.float32, 1, "C"), types.int32), 256)
 
 
 @needs_compiler
@@ -230,7 +233,8 @@ def test_the_old_built_in_module_is_refused() -> None:
     ):
         load_cuda()
     with mock.patch.dict(sys.modules, {"numba.cuda": cuda}):
-        sys.modules.pop("fastrnn.backends.numba_cuda_kernels", None)
+        for name in [n for n in sys.modules if n.startswith("fastrnn.backends.numba_cuda_kernels")]:
+            del sys.modules[name]
         with pytest.raises(BackendUnavailableError, match="built-in module answers"):
             kernels()
 
@@ -244,6 +248,66 @@ def test_a_missing_driver_is_named() -> None:
         pytest.raises(BackendUnavailableError, match=r"driver: libcuda.so: cannot open"),
     ):
         NumbaCudaBackend()
+
+
+class LibraryNotFoundError(RuntimeError):
+    """In place of what the loader of cuda.bindings raises."""
+
+
+def test_a_missing_libnvvm_is_named() -> None:
+    """Numba raises or says no, by its version, and finds nothing wrong with the driver."""
+    path = "/site-packages/numba_cuda/numba/cuda/__init__.py"
+    silent, loud = pretended_cuda(path, False), pretended_cuda(path, False)
+
+    def is_available() -> bool:
+        raise LibraryNotFoundError("Failure finding\n'libnvvm.so'")
+
+    loud.__dict__["is_available"] = is_available
+    for cuda, what in (
+        (silent, "does not find libNVVM"),
+        (loud, "LibraryNotFoundError: Failure finding 'libnvvm.so'"),
+    ):
+        with (
+            mock.patch.dict(sys.modules, {"numba.cuda": cuda}),
+            pytest.raises(BackendUnavailableError, match=rf"{what}.*pip install.*CUDA_HOME"),
+        ):
+            NumbaCudaBackend()
+
+
+def test_a_device_that_does_not_open_is_unavailable() -> None:
+    def stream() -> Any:
+        raise LibraryNotFoundError("[46] the device is busy")
+
+    cuda = pretended_cuda("/site-packages/numba_cuda/numba/cuda/__init__.py", True)
+    cuda.__dict__["stream"] = stream
+    with (
+        mock.patch.dict(sys.modules, {"numba.cuda": cuda}),
+        pytest.raises(
+            BackendUnavailableError, match=r"no device opens: .*\[46\] the device is busy"
+        ),
+    ):
+        NumbaCudaBackend(geometry="any", kernels=SimpleNamespace(SIMULATED=False))
+
+
+@needs_package
+def test_the_package_is_found_where_no_pth_file_is_read() -> None:
+    """As on ``PYTHONPATH`` after ``pip install --target``."""
+    packages = {
+        str(Path(spec.origin).parent.parent)
+        for spec in map(
+            importlib.util.find_spec, ("numba", "numba_cuda", "numpy", "cuda.pathfinder")
+        )
+        if spec and spec.origin
+    }
+    code = "from fastrnn.backends.numba_cuda import maintained_cuda as m; print(m().__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *packages])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "numba_cuda" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_missing_package_is_named() -> None:
@@ -265,6 +329,11 @@ def unopened() -> NumbaCudaBackend:
 
 
 class Wrapped(SimpleNamespace):
+    strides = ()
+
+    def is_c_contiguous(self) -> bool:
+        return not self.strides
+
     def bind(self, stream: Any) -> Wrapped:
         return Wrapped(**{**vars(self), "stream": stream})
 
@@ -305,9 +374,55 @@ def test_a_torch_tensor_brings_torchs_current_stream() -> None:
 
 def test_an_array_made_here_is_not_wrapped_again() -> None:
     backend = unopened()
-    own = SimpleNamespace(__cuda_ndarray__=True, stream=0)
+    own = Wrapped(__cuda_ndarray__=True, stream=0)
     assert backend.wrap(own) is own
     assert backend._stream(own) is backend.stream
+
+
+@pytest.mark.parametrize("kind", [{"__cuda_ndarray__": True}, {"__cuda_array_interface__": {}}])
+def test_an_array_in_another_order_is_refused(kind: dict[str, Any]) -> None:
+    backend = unopened()
+    backend._cuda = SimpleNamespace(as_cuda_array=lambda array, sync: array)
+    with pytest.raises(ValueError, match=r"expected an array in C order, got strides \(4, 12\)"):
+        backend.wrap(Wrapped(strides=(4, 12), **kind))
+
+
+# --- launches --------------------------------------------------------------------------------
+
+
+def test_a_launch_is_configured_once_for_a_stream_and_a_grid() -> None:
+    class Dispatcher:
+        configured: list[Any] = []  # noqa: RUF012
+
+        def __getitem__(self, configuration: Any) -> Any:
+            warnings.warn("Grid size 2 will likely result in under-utilization", stacklevel=1)
+            self.configured.append(configuration)
+            return list
+
+    backend = unopened()
+    backend.simulated, backend._launchers = False, {}
+    kernel = SimpleNamespace(dispatcher=Dispatcher(), threads=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stream in (7, 7, 8):
+            for grid in (2, (2, 3)):
+                backend._launch(stream, kernel, grid)
+    assert Dispatcher.configured == [(2, 64, 7), ((2, 3), 64, 7), (2, 64, 8), ((2, 3), 64, 8)]
+
+
+def test_products_are_split_into_even_shares() -> None:
+    """Tiles of K that the busiest of the multiprocessors has, at the headline size."""
+    backend = unopened()
+    backend.geometry = SimpleNamespace(tile_m=64, tile_n=64, tile_k=16)
+    backend._multiprocessors = 132
+
+    def busiest(multiprocessors: int, M: int, N: int, K: int) -> int:
+        splits, part = backend._splits(M, N, K)
+        blocks = -(-M // 64) * -(-N // 64) * splits
+        return -(-blocks // multiprocessors) * part // 16
+
+    assert busiest(132, 1120, 256, 1027) == 39  # dh
+    assert busiest(100, 256, 1027, 1120) == 56  # dW_hq, beside the 32 blocks of BPTT
 
 
 # --- the captured step -----------------------------------------------------------------------
@@ -359,6 +474,21 @@ def test_a_failed_call_of_the_driver_is_an_error() -> None:
         Graph(9, driver).capture(),
     ):
         pass
+
+
+def test_a_graph_that_is_dropped_raises_nothing() -> None:
+    """Neither without the driver's bindings nor after an error that every later call reports."""
+    with mock.patch.dict(sys.modules, {"cuda.bindings.driver": None}):
+        half = Graph.__new__(Graph)
+        with pytest.raises(ImportError):
+            half.__init__(9)  # type: ignore[misc]
+    half.__del__()
+    driver = PretendedDriver(fails="cuGraphExecDestroy")
+    graph = Graph(9, driver)
+    with graph.capture():
+        pass
+    graph.__del__()
+    assert driver.calls[-1] == ("cuGraphExecDestroy", "executable")
 
 
 def test_an_error_while_capturing_leaves_the_stream_usable() -> None:

@@ -5,9 +5,10 @@ CuPy, and as an independent implementation beside the CUDA C one. The kernels ar
 :mod:`fastrnn.backends.numba_cuda_kernels`; this module opens the device, keeps the memory and
 launches.
 
-Streams: an op runs on the stream that its first array is bound to. Arrays made here are bound to
-the backend's own stream; a CuPy array brings CuPy's current stream, a torch tensor torch's. Nothing
-in an op or a step waits for the device. ``run_steps`` submits a captured CUDA graph a step.
+Streams: an op runs on the stream that its first array is bound to, and is ordered after nothing
+else: the arrays of one call are expected on one stream. Arrays made here are bound to the backend's
+own stream; a CuPy array brings CuPy's current stream, a torch tensor torch's. Nothing in an op or a
+step waits for the device. ``run_steps`` submits captured CUDA graphs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,13 @@ import numpy as np
 from fastrnn.backend import Array, Backend, BackendUnavailableError, HostArray, Workspace
 from fastrnn.decoding import Decoding
 
+GRAPH_STEPS = 8
+"""Steps in a captured graph; what is left over is replayed one by one."""
+PLANNED_STEPS = 4096
+"""Steps whose offsets have room on the device from the start."""
+
 INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
+LIBNVVM = "pip install 'numba-cuda[cu13]' (or cu12), or set CUDA_HOME to a toolkit"
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +45,9 @@ def maintained_cuda() -> Any:
         BackendUnavailableError: numba-cuda is missing, or numba's own deprecated ``cuda`` module
             answers in its place; the message says which.
     """
+    # Its .pth file does this where it is installed; not where it is only on PYTHONPATH.
+    with suppress(ImportError):
+        importlib.import_module("_numba_cuda_redirector")
     try:
         cuda = importlib.import_module("numba.cuda")
     except ImportError as error:
@@ -60,25 +70,44 @@ def load_cuda() -> Any:
             which.
     """
     cuda = maintained_cuda()
-    if not cuda.is_available():
-        reason = " ".join(str(cuda.cuda_error() or "no CUDA device found").split())
+    with _opening():
+        available, reason = cuda.is_available(), cuda.cuda_error()
+    if not available and not reason:  # the driver works
+        raise BackendUnavailableError(f"backend 'numba-cuda' does not find libNVVM; {LIBNVVM}")
+    if not available:
         raise BackendUnavailableError(
-            f"backend 'numba-cuda' needs an NVIDIA GPU and its driver: {reason}"
+            f"backend 'numba-cuda' needs an NVIDIA GPU and its driver: {_line(reason)}"
         )
     return cuda
 
 
-class Graph:
-    """A step captured once and launched again and again: one call of the driver instead of dozens.
+@contextmanager
+def _opening() -> Iterator[None]:
+    """Turn what numba raises while a device opens into :class:`BackendUnavailableError`."""
+    try:
+        yield
+    except Exception as error:  # an ImportError, RuntimeError or CudaAPIError, by what fails
+        raise BackendUnavailableError(
+            f"backend 'numba-cuda': no device opens: {type(error).__name__}: {_line(error)}; "
+            f"where libNVVM is missing: {LIBNVVM}"
+        ) from error
 
-    Everything the step reads that changes (start offsets, rates) is in device memory. numba-cuda
+
+def _line(message: Any) -> str:
+    return " ".join(str(message).split())
+
+
+class Graph:
+    """Work captured once and launched again and again: one call of the driver instead of dozens.
+
+    Everything it reads that changes (start offsets, rates) is in device memory. numba-cuda
     has no graphs of its own, so this calls the driver through ``cuda.bindings``.
     """
 
     def __init__(self, stream: Any, driver: Any = None) -> None:
+        self._executable: Any = None
         self._driver = driver or importlib.import_module("cuda.bindings.driver")
         self._handle = int(stream)
-        self._executable: Any = None
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -95,18 +124,19 @@ class Graph:
         self._call("cuGraphDestroy", graph)
 
     def launch(self) -> None:
-        """Submit the recorded step to the stream."""
+        """Submit what was recorded to the stream."""
         self._call("cuGraphLaunch", self._executable, self._handle)
 
     def close(self) -> None:
         """Free the graph; a launched one finishes first."""
-        if self._executable is not None:
-            self._call("cuGraphExecDestroy", self._executable)
-            self._executable = None
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            self._call("cuGraphExecDestroy", executable)
 
     def __del__(self) -> None:
         if sys is not None and not sys.is_finalizing():
-            self.close()
+            with suppress(RuntimeError):  # after a sticky error every call of the driver fails
+                self.close()
 
     def _call(self, name: str, *args: Any) -> Any:
         status, *results = getattr(self._driver, name)(*args)
@@ -121,12 +151,13 @@ class _Plan:
 
     Attributes:
         starts: int32, room for the offsets of many steps. cursor: int32 ``[1]``, the step due.
-        graphs: by ``carry``. held: scratch that a captured graph writes to and must not lose.
+        graphs: by number of steps and ``carry``. warm: which ``carry`` has run uncaptured.
+        held: scratch that a captured graph writes to and must not lose.
     """
 
     starts: Array
     cursor: Array
-    graphs: dict[bool, Graph] = field(default_factory=dict)
+    graphs: dict[tuple[int, bool], Graph] = field(default_factory=dict)
     warm: set[bool] = field(default_factory=set)
     held: list[Array] = field(default_factory=list)
 
@@ -136,7 +167,7 @@ class NumbaCudaBackend(Backend):
 
     Args:
         geometry: block and tile sizes; None for those meant for real devices.
-        kernels: the module of kernel factories; None for the package's own.
+        kernels: what holds the kernel factories; None for the package's own.
     """
 
     name = "numba-cuda"
@@ -147,13 +178,15 @@ class NumbaCudaBackend(Backend):
         self.geometry = geometry or self._kernels.Geometry()
         self.simulated = bool(self._kernels.SIMULATED)
         self._captures = not self.simulated
-        self.stream = self._cuda.stream()
-        # For work beside the critical path of a step; they begin and end on `stream`.
-        self._sides = self._cuda.stream(), self._cuda.stream()
-        self._events: dict[str, Any] = {}
         self._multiprocessors = 4
-        if not self.simulated:
-            self._multiprocessors = self._cuda.get_current_device().MULTIPROCESSOR_COUNT
+        with _opening():
+            self.stream = self._cuda.stream()
+            # For work beside the critical path of a step; they begin and end on `stream`.
+            self._sides = self._cuda.stream(), self._cuda.stream()
+            if not self.simulated:
+                self._multiprocessors = self._cuda.get_current_device().MULTIPROCESSOR_COUNT
+        self._events: dict[str, Any] = {}
+        self._launchers: dict[tuple[Any, Any, int], Any] = {}
         self._scratch_arrays: dict[tuple[int, str, str], Array] = {}
         self._constants: dict[str, Array] = {}
 
@@ -206,15 +239,19 @@ class NumbaCudaBackend(Backend):
 
         Raises:
             TypeError: it has no ``__cuda_array_interface__`` (is not on a GPU).
+            ValueError: it is not in C order.
         """
         if getattr(array, "__cuda_ndarray__", False):
-            return array
-        if not hasattr(array, "__cuda_array_interface__"):
+            wrapped = array
+        elif hasattr(array, "__cuda_array_interface__"):
+            wrapped = self._cuda.as_cuda_array(array, sync=False)
+        else:
             raise TypeError(
                 "expected an array on the GPU (with __cuda_array_interface__), "
                 f"got {type(array).__module__}.{type(array).__name__}"
             )
-        wrapped = self._cuda.as_cuda_array(array, sync=False)
+        if not wrapped.is_c_contiguous():  # a compiled kernel would not notice
+            raise ValueError(f"expected an array in C order, got strides {wrapped.strides}")
         if type(array).__module__.partition(".")[0] == "torch":
             # Torch does not name its stream in the interface.
             handle = sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
@@ -233,12 +270,20 @@ class NumbaCudaBackend(Backend):
             if sys.stderr.isatty():
                 print(f"fastrnn: {message}", file=sys.stderr)
             _log.info(message)
-        dispatcher = kernel.dispatcher
-        with warnings.catch_warnings():
-            # Numba advises against grids of few blocks; a row of the batch is a block by design.
-            warnings.filterwarnings("ignore", message="Grid size")
-            launcher = dispatcher[grid, kernel.threads, stream]
-        launcher(*args)
+        self._launcher(kernel.dispatcher, grid, kernel.threads, stream)(*args)
+
+    def _launcher(self, dispatcher: Any, grid: Any, threads: int, stream: Any) -> Any:
+        """``dispatcher[grid, threads, stream]``, kept."""
+        if self.simulated:  # there it is the dispatcher itself, which remembers its last grid
+            return dispatcher[grid, threads, stream]
+        key = (dispatcher, grid, int(stream))
+        if key not in self._launchers:
+            with warnings.catch_warnings():
+                # Numba advises against grids of few blocks; a row of the batch is a block by
+                # design.
+                warnings.filterwarnings("ignore", message="Grid size")
+                self._launchers[key] = dispatcher[grid, threads, stream]
+        return self._launchers[key]
 
     def _order(self, first: Any, then: Any, what: str) -> None:
         """What is submitted to ``then`` from now on waits for what ``first`` holds by now."""
@@ -451,7 +496,10 @@ class NumbaCudaBackend(Backend):
         """Into how many parts to cut K, so that a small product fills the device; their length."""
         g = self.geometry
         tiles, depth = _ceil(M, g.tile_m) * _ceil(N, g.tile_n), _ceil(K, g.tile_k)
-        wanted = max(1, min(2 * self._multiprocessors // tiles, depth // 4))
+        # Up to three blocks a multiprocessor. At T·B = 1,120, H = 256, V = 1,027 the busiest of 132
+        # then has 39 tiles of K for dh, 44 with two blocks; for dW_hq, where BPTT leaves 100 of
+        # them, 56 instead of 72. Counted, not timed.
+        wanted = max(1, min(3 * self._multiprocessors // tiles, depth // 4))
         part = _ceil(depth, wanted) * g.tile_k
         return _ceil(K, part), part
 
@@ -585,31 +633,34 @@ class NumbaCudaBackend(Backend):
 
         ``main`` holds what the next kernel waits for. A recurrence leaves most multiprocessors
         idle: what can wait runs beside it. The blocks of a recurrence take whole multiprocessors,
-        so beside BPTT the small kernels come first and leave it time to be placed.
+        so beside BPTT a small kernel comes first and leaves it time to be placed.
         """
         p, g, (T, B, H, V) = ws.params, ws.grads, (ws.dims.T, ws.dims.B, ws.dims.H, ws.dims.V)
         main, (side, other) = self.stream, self._sides
 
         self._order(main, side, "begin")
         self._window(side, ws.tokens, starts, cursor, ws.x, ws.y)
+        self._order(side, other, "x")
         if self.geometry.fits(H):
             inputs = p["W_xh"], p["b_h"], ws.tokens, starts, cursor
             self._one_block_a_row(main, True, *inputs, p["W_hh"], ws.h0, ws.h)
+            self._order(side, main, "window")  # the loss reads y
         else:
             self._order(side, main, "window")
             self._gather(main, p["W_xh"], ws.x, p["b_h"], ws.z)
             self._recurrence(main, ws.z, p["W_hh"], ws.h0, ws.h)
-        order, bounds = self._rank(side, ws.x, V)
-        Wt = self._turned(side, p["W_hh"])
+        order, bounds = self._rank(other, ws.x, V)
+        Wt = self._turned(other, p["W_hh"])
 
         self._gemm(main, ws.h, p["W_hq"], _flat(ws.logits), T * B, V, H, bias=p["b_q"])
-        self._order(side, main, "rank")
         losses = self._cross_entropy(main, ws.logits, ws.y, ws.logits)
         self._gemm(main, ws.logits, p["W_hq"], _flat(ws.dh), T * B, H, V, trans_b=True)
 
+        self._order(other, main, "Wt")
         self._order(main, side, "dh")
+        self._order(main, other, "dlogits")
         self._bptt(main, ws.dh, ws.h, p["W_hh"], Wt, ws.dz, ws.dh0)
-        self._column_sum(side, ws.logits, g["b_q"])
+        self._column_sum(other, ws.logits, g["b_q"])
         self._mean(side, losses, ws.loss)
         self._gemm(side, ws.h, ws.logits, _flat(g["W_hq"]), H, V, T * B, trans_a=True)
 
@@ -623,14 +674,14 @@ class NumbaCudaBackend(Backend):
 
     def _update(self, ws: Workspace, rates: Array, moved: Array, carry: bool) -> None:
         """Norm, clipping, step, totals and the state to carry."""
-        stream, dtype, last = self.stream, ws.dims.dtype, _rows(ws.h)[-1]
+        stream, dtype, h = self.stream, ws.dims.dtype, _flat(ws.h)
         partial = self._sum_squares(stream, [ws.flat_grads])
         kernel = self._kernels.update_kernel(dtype, self.geometry)
         blocks = min(_ceil(ws.flat_params.size, kernel.threads), 8 * self._multiprocessors)
         self._launch(
             stream, kernel, blocks, ws.flat_params, ws.flat_grads, partial, rates,
             _flat(ws.loss), _flat(ws.norm), ws.totals, moved,
-            last, _flat(ws.h0), ws.h0.size if carry else 0,
+            h[h.size - ws.h0.size :], _flat(ws.h0), ws.h0.size if carry else 0,
         )  # fmt: skip
 
     def run_steps(
@@ -639,34 +690,50 @@ class NumbaCudaBackend(Backend):
         """Run ``len(starts)`` steps; ``starts`` is int32 ``[n, B]`` on the host.
 
         The first step of a workspace is submitted kernel by kernel, which compiles them and makes
-        their scratch; the next is captured as a graph, and all later ones launch that graph.
+        their scratch; all later ones are replays of captured graphs.
         """
         starts = np.ascontiguousarray(starts, dtype=np.int32)
         if not len(starts):
             return
-        plan = ws.extra.get("numba-cuda plan")
-        if plan is None or plan.starts.size < starts.size:
-            # Graphs hold the address of the old offsets: they go with them.
-            plan = _Plan(
-                starts=self.empty((2 * starts.size,), np.int32),
-                cursor=self.empty((1,), np.int32),
-            )
-            ws.extra["numba-cuda plan"] = plan
+        plan = self._plan(ws, len(starts))
         self.put(starts.ravel(), out=plan.starts[: starts.size])
         self.put(np.zeros(1, np.int32), out=plan.cursor)
         rates = self._set_rates(self.stream, lr, max_norm)
-        for _ in range(len(starts)):
-            if not self._captures or carry not in plan.warm:
+
+        def submit(steps: int) -> None:
+            for _ in range(steps):
                 self._submit(ws, plan.starts, plan.cursor, plan.cursor, rates, carry)
-                plan.warm.add(carry)
-                continue
-            if carry not in plan.graphs:
+
+        left = len(starts)
+        if not self._captures:
+            submit(left)
+            return
+        if carry not in plan.warm:
+            submit(1)
+            plan.warm.add(carry)
+            left -= 1
+        while left:
+            steps = GRAPH_STEPS if left >= GRAPH_STEPS else 1
+            if (steps, carry) not in plan.graphs:
                 graph = Graph(self.stream)
                 with self._cuda.defer_cleanup(), graph.capture():
-                    self._submit(ws, plan.starts, plan.cursor, plan.cursor, rates, carry)
-                plan.graphs[carry] = graph
+                    submit(steps)
+                plan.graphs[steps, carry] = graph
                 plan.held.extend(self._scratch_arrays.values())
-            plan.graphs[carry].launch()
+            plan.graphs[steps, carry].launch()
+            left -= steps
+
+    def _plan(self, ws: Workspace, steps: int) -> _Plan:
+        """The plan of a workspace, with room for the offsets of ``steps`` steps."""
+        plan: _Plan | None = ws.extra.get("numba-cuda plan")
+        if plan is None or plan.starts.size < steps * ws.dims.B:
+            # Graphs hold the address of the old offsets: they go with them.
+            plan = ws.extra["numba-cuda plan"] = _Plan(
+                starts=self.empty((max(2 * steps, PLANNED_STEPS) * ws.dims.B,), np.int32),
+                cursor=self.empty((1,), np.int32),
+                warm=plan.warm if plan else set(),
+            )
+        return plan
 
     # --- generation ---
 
