@@ -22,7 +22,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +134,14 @@ class Backend(ABC):
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[type, ...]] = (np.float32, np.float64)
+
+    # A device is neither copied nor stored: copies share it, another process opens its own.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_backend, (self.name,)
 
     # --- memory ---
 

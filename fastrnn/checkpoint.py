@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,16 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
     The bytes go to a temporary file in the same directory, reach the disk, and take the name in
     one rename; then the directory reaches the disk. On any error the temporary file is removed.
+    A symbolic link stays one: what it leads to is replaced. The file keeps its permissions.
+
+    Raises:
+        OSError: it cannot be written, or is a device, a pipe or a directory.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    path, temporary = writable_target(path)
     try:
         with temporary.open("xb") as file:
+            if path.exists():
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -52,13 +58,26 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         os.close(directory)
 
 
+def writable_target(path: str | Path) -> tuple[Path, Path]:
+    """The file that ``path`` leads to, and a name beside it for what is to replace it.
+
+    Raises:
+        OSError: it is there and is not a regular file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        kind = "directory" if target.is_dir() else "device or pipe"
+        raise OSError(f"cannot write {path}: it is a {kind}, not a file")
+    return target, target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
 def save_checkpoint(
     path: str | Path, tensors: Mapping[str, NDArray[Any]], header: Mapping[str, Any]
 ) -> None:
     """Write tensors and a JSON-able header as one checkpoint, atomically."""
     # safetensors writes the memory of a non-contiguous array as it lies: make each one C-ordered.
     arrays = {name: np.array(array, order="C") for name, array in tensors.items()}
-    text = json.dumps({"format": FORMAT, **header}, ensure_ascii=False)
+    text = json.dumps({"format": FORMAT, **header})
     write_atomically(path, _serialise(arrays, metadata={_KEY: text}))
 
 

@@ -7,6 +7,7 @@ usage.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from fastrnn.checkpoint import CheckpointError, load_checkpoint
 from fastrnn.cli_train import Outputs, Run, UsageError, check_writable
 from fastrnn.corpus import CorpusError
 from fastrnn.model import load
-from fastrnn.plot import PlotUnavailableError, require_matplotlib
+from fastrnn.plot import PlotUnavailableError, check_format
 from fastrnn.schedules import LRSchedule, default_hold
 from fastrnn.trainer import DivergenceError, Trainer
 
@@ -225,11 +226,13 @@ def train(
         for p in context.command.params
         if p.name and getattr(context.get_parameter_source(p.name), "name", "") != "DEFAULT"
     }
+    if resume is not None and "out" not in given:
+        out = resume
     if plot is not None:
-        require_matplotlib()
+        check_format(plot)
         check_writable(plot)
     if json_lines not in (None, "-"):
-        check_writable(Path(str(json_lines)))
+        check_writable(Path(str(json_lines)), pipes=True)
     check_writable(out)
     if resume is not None:
         clash = [f"--{name.replace('_', '-')}" for name in FIXED_BY_CHECKPOINT if name in given]
@@ -237,9 +240,13 @@ def train(
             raise UsageError(
                 f"{', '.join(clash)} cannot be given with --resume: the checkpoint says"
             )
-        trainer, epochs = _resumed(resume, corpus, max_chars, epochs, given, backend.value)
-        if out == Path("fastrnn.safetensors") and "out" not in given:
-            out = resume
+        changes = {"kind": lr_schedule.value, "lr": lr, "hold": hold}
+        options = {"kind": "lr_schedule", "lr": "lr", "hold": "hold"}
+        changes = {k: v for k, v in changes.items() if options[k] in given}
+        trainer, epochs = _resumed(
+            resume, corpus, max_chars, epochs if "epochs" in given else None, changes,
+            "max_chars" in given, backend.value,
+        )  # fmt: skip
     else:
         text = fastrnn.load_corpus(corpus, max_chars or None)
         falls = lr_schedule is not Schedule.constant
@@ -283,32 +290,57 @@ def train(
         f"{trainer.batches_per_epoch} steps an epoch; backend {trainer.model.backend.name}",
         markup=False,
     )
+    if notes["max_chars"] == len(trainer.corpus):
+        run.console.print("(the beginning of the text: --max-chars 0 takes all of it)")
     raise typer.Exit(run())
 
 
 def _resumed(
-    path: Path, corpus: Path | None, max_chars: int, epochs: int, given: set[str], backend: str
+    path: Path,
+    corpus: Path | None,
+    max_chars: int,
+    epochs: int | None,
+    changes: dict[str, Any],
+    cut: bool,
+    backend: str,
 ) -> tuple[Trainer, int]:
-    """The trainer of a checkpoint and the number of epochs it is to reach."""
+    """The trainer of a checkpoint and the number of epochs it is to reach.
+
+    epochs: None: as the checkpoint says. changes: to its learning-rate schedule. cut: whether
+    max_chars is to replace what the checkpoint says.
+    """
     _, header = load_checkpoint(path)
-    saved = header.get("trainer", {})
-    notes = saved.get("notes", {})
-    if corpus is None and notes.get("corpus"):
-        corpus = Path(notes["corpus"])
-    if "max_chars" not in given:
-        max_chars = notes.get("max_chars", max_chars)
+    try:
+        saved = header.get("trainer", {})
+        notes = saved.get("notes", {})
+        if corpus is None and notes.get("corpus"):
+            corpus = Path(notes["corpus"])
+            if not corpus.exists():
+                raise CorpusError(
+                    f"{path} was trained on {corpus}, which is no longer there: pass the text's "
+                    "new path before --resume"
+                )
+        if not cut:
+            max_chars = int(notes.get("max_chars", max_chars))
+        total = int(notes.get("epochs", 250)) if epochs is None else epochs
+        done = len(saved.get("history", ()))
+        if done >= total:
+            raise UsageError(
+                f"{path} has already done {done} of {total} epochs: "
+                f"pass --epochs {2 * done}, say, to go on"
+            )
+        schedule = None
+        if saved:
+            now = {**saved["lr_schedule"], "epochs": total, **changes}
+            if now["hold"] >= total and "hold" not in changes:
+                now["hold"] = default_hold(total)
+            schedule = LRSchedule(**now)
+    except UsageError:
+        raise
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not hold a complete trainer: {error!r}") from error
     text = fastrnn.load_corpus(corpus, max_chars or None)
-    total = epochs if "epochs" in given else int(notes.get("epochs", epochs))
-    schedule = None
-    if saved and total != saved["lr_schedule"]["epochs"]:
-        schedule = LRSchedule(**{**saved["lr_schedule"], "epochs": total})
-    trainer = Trainer.resume(path, text, backend, lr_schedule=schedule)
-    if trainer.epoch >= total:
-        raise UsageError(
-            f"{path} has already done {trainer.epoch} of {total} epochs: "
-            f"pass --epochs {2 * trainer.epoch}, say, to go on"
-        )
-    return trainer, total
+    return Trainer.resume(path, text, backend, lr_schedule=schedule), total
 
 
 @app.command()
@@ -383,7 +415,7 @@ def bench(
     from fastrnn.bench import run_bench
 
     if plot is not None:
-        require_matplotlib()
+        check_format(plot)
         check_writable(plot)
     if json_file not in (None, "-"):
         check_writable(Path(str(json_file)))
@@ -463,6 +495,9 @@ def environment() -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the ``fastrnn`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a text may have what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="fastrnn")
 
 

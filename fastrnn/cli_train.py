@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastrnn.checkpoint import writable_target
 from fastrnn.corpus import CorpusError
+from fastrnn.decoding import Decoding
 from fastrnn.plot import plot_curves
 from fastrnn.trainer import DivergenceError, EpochStats, Trainer
 
@@ -55,6 +57,8 @@ class Run:
         self.resumed = resumed
         self.stopping = False
         self.warned = False
+        self.saved = False
+        Decoding(temperature=outputs.temperature)  # is it a temperature at all
         # With the metrics on standard output, words for people go to standard error.
         # Nothing printed is markup: a corpus may have brackets.
         self.console = Console(
@@ -77,7 +81,14 @@ class Run:
     def __call__(self) -> int:
         """Train to the end, to Ctrl-C or to divergence; return the exit code."""
         with self._metrics() as metrics, self._signals(), self._progress() as progress:
-            code = self._loop(metrics, progress)
+            try:
+                code = self._loop(metrics, progress)
+            except BaseException:
+                # A full disk, a reader of the output that has gone: what was learnt is kept.
+                if self.trainer.epoch or self.trainer.progress:
+                    with contextlib.suppress(Exception):
+                        self._save()
+                raise
         if self.outputs.plot is not None and self.trainer.history:
             plot_curves(self.outputs.plot, {"training": self.trainer.history})
             self.console.print(f"training curve: {self.outputs.plot}")
@@ -136,6 +147,8 @@ class Run:
     def _report(self, stats: EpochStats, metrics: IO[str] | None) -> None:
         if metrics is not None:
             row = {**asdict(stats), "tokens_per_second": stats.tokens_per_second}
+            # JSON has no infinity.
+            row = {k: None if v is not None and not math.isfinite(v) else v for k, v in row.items()}
             print(json.dumps(row), file=metrics, flush=True)
         period = self.outputs.pred_period
         if (period and stats.epoch % period == 0) or stats.epoch == self.epochs:
@@ -167,7 +180,14 @@ class Run:
         return 1
 
     def _save(self) -> None:
-        self.trainer.save(self.outputs.out, notes=self.outputs.notes)
+        out = self.outputs.out
+        if not self.saved and not self.resumed and out.is_file():
+            # The file is of another run: it is not for this one to throw away.
+            before = out.with_name(f"{out.name}.bak")
+            os.replace(out, before)
+            self.console.print(f"the {out.name} that was there is now {before.name}")
+        self.trainer.save(out, notes=self.outputs.notes)
+        self.saved = True
 
     # --- surroundings ---
 
@@ -192,15 +212,20 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops after the current steps, the second at once."""
+        """The first signal to stop does so after the current steps, the second at once."""
 
         def stop(signum: int, frame: FrameType | None) -> None:
             if self.stopping:
-                os.write(2, b"fastrnn: stopped at once; the last saved checkpoint is whole\n")
+                kept = b"the last saved checkpoint is whole" if self.saved else b"nothing was saved"
+                os.write(2, b"fastrnn: stopped at once; " + kept + b"\n")
                 os._exit(1)
             self.stopping = True
+            os.write(2, b"fastrnn: stopping after the current steps\n")
 
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            signals.append(signal.SIGHUP)
+        before = {s: signal.signal(s, stop) for s in signals}
         try:
             yield
         finally:
@@ -208,18 +233,22 @@ class Run:
                 signal.signal(signum, handler)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, pipes: bool = False) -> None:
     """Find out before the work, not after it, that a file cannot be written.
 
+    Args:
+        pipes: whether a device or a pipe will do as well.
+
     Raises:
-        OSError: the directory is missing or takes no new file, or the path is a directory.
+        OSError: the directory is missing or takes no new file, or the path is no file.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir():
+    if pipes and path.exists() and not path.is_file() and not path.is_dir():
+        return
+    target, temporary = writable_target(path)
+    if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        temporary.open("xb").close()
+        temporary.unlink()
     except OSError as error:
         raise PermissionError(f"cannot write {path}: {error.strerror}") from error

@@ -92,11 +92,29 @@ class Corpus:
 
     Attributes:
         vocab: its vocabulary. tokens: int32 ``[N]``, read-only. name: where it came from.
+
+    Raises:
+        CorpusError: tokens that are not a row of integers in ``[0, V)``.
     """
 
     vocab: Vocab
     tokens: NDArray[np.int32]
     name: str = "text"
+
+    def __post_init__(self) -> None:
+        tokens = np.asarray(self.tokens)
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise CorpusError(
+                f"tokens must be integers of shape [N], got {tokens.dtype} {list(tokens.shape)}"
+            )
+        if tokens.size:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= len(self.vocab):
+                raise CorpusError(
+                    f"tokens must be in [0, {len(self.vocab)}), the vocabulary, "
+                    f"got {low if low < 0 else high}"
+                )
+        object.__setattr__(self, "tokens", np.ascontiguousarray(tokens, np.int32))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -238,7 +256,9 @@ def _open_text(source: Path) -> Iterator[IO[bytes]]:
 
 
 def _member(archive: zipfile.ZipFile, source: Path) -> zipfile.ZipInfo:
-    members = [info for info in archive.infolist() if not info.is_dir()]
+    # A Mac adds a shadow of every file.
+    files = (info for info in archive.infolist() if not info.is_dir())
+    members = [info for info in files if not info.filename.startswith("__MACOSX/")]
     if len(members) != 1:
         names = ", ".join(info.filename for info in members[:5]) or "none"
         raise CorpusError(

@@ -71,6 +71,9 @@ class CharRNN:
             f"backend={self.backend.name!r}, {self.num_parameters:,} parameters)"
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self.vocab, self.hidden_size, self.backend, self.dtype.name, self.params)
+
     # --- parameters ---
 
     @property
@@ -275,6 +278,13 @@ def _model_of(
     ordered["b_q"] = params["b_q"][order]
     W_hh = params["W_hh"]
     return CharRNN(Vocab(chars), len(W_hh), backend, W_hh.dtype, params=ordered)
+
+
+def _rebuilt(
+    vocab: Vocab, hidden_size: int, backend: Backend, dtype: str, params: dict[str, NDArray[Any]]
+) -> CharRNN:
+    """A copy of a model, or one from another process: the parameters travel on the host."""
+    return CharRNN(vocab, hidden_size, backend, dtype, params=params)
 
 
 def model_from_checkpoint(

@@ -197,7 +197,7 @@ def clip_by_global_norm(grads: Sequence[Array], max_norm: float) -> Array:
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm!r}")
     call = _Call("grads[0]", grads[0])
-    views = [call.out(f"grads[{i}]", g, None).view for i, g in enumerate(grads)]
+    views = call.written("grads", grads)
     return call.run("clip_by_global_norm", views, float(max_norm))
 
 
@@ -209,7 +209,7 @@ def sgd(params: Sequence[Array], grads: Sequence[Array], lr: float) -> None:
     if not params:
         return
     call = _Call("params[0]", params[0])
-    params = [call.out(f"params[{i}]", p, None).view for i, p in enumerate(params)]
+    params = call.written("params", params)
     grads = [
         call.array(f"grads[{i}]", g, p.shape)
         for i, (p, g) in enumerate(zip(params, grads, strict=True))
@@ -394,6 +394,13 @@ class _Call:
             raise ValueError(f"{name} must be C-contiguous and writable: it is written in place")
         return _Out(array, view)
 
+    def written(self, name: str, arrays: Sequence[Any]) -> list[Array]:
+        """Check a list of arrays of any shape that will all be written."""
+        for i, array in enumerate(arrays):
+            if array is None:
+                raise TypeError(f"{name}[{i}] must be an array, got None")
+        return [self.out(f"{name}[{i}]", a, None).view for i, a in enumerate(arrays)]
+
     def outs(self, out: Any, **shapes: tuple[int, ...]) -> Any:
         """Check a tuple of output arrays, named and shaped as in ``shapes``."""
         if out is None:
@@ -458,6 +465,8 @@ class _Call:
             ) from error
 
     def _checked(self, name: str, array: Any, shape: tuple[int | None, ...] | None) -> Array:
+        if array is None:
+            raise TypeError(f"{name} must be an array, got None")
         view = self._view(name, array)
         if view.dtype != self.dtype:
             raise TypeError(f"{name} must be {self.dtype} like the other arrays, got {view.dtype}")

@@ -31,6 +31,22 @@ def require_matplotlib() -> Any:
     return plt
 
 
+def check_format(path: Path) -> None:
+    """Find out before the work that no picture can be written under this name.
+
+    Raises:
+        ValueError: the ending is not one that matplotlib knows.
+    """
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(
+            f"cannot draw {path}: expected a name that ends in one of {', '.join(sorted(known))}"
+        )
+
+
 def plot_curves(
     path: str | Path, curves: Mapping[str, Sequence[EpochStats]], title: str = ""
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,13 @@ class Trainer:
             backend.put(self._zero_totals, out=ws.totals)
         starts = self._starts[self._cursor : self._cursor + self._chunk]
         lr = self.lr_schedule(self.epoch)
-        backend.run_steps(ws, starts, lr, self.clip_norm, self.sampling == "consecutive")
-        self._cursor += len(starts)
+        try:
+            backend.run_steps(ws, starts, lr, self.clip_norm, self.sampling == "consecutive")
+            self._cursor += len(starts)
+        except KeyboardInterrupt:
+            # The weights have moved by the steps that are done, which are counted with the losses.
+            self._cursor = int(backend.get(ws.totals)[2])
+            raise
         ended = self._cursor == len(self._starts)
         if not ended:
             backend.sync()
@@ -227,7 +232,8 @@ class Trainer:
         """Say why the last epoch counts as a collapse, or None.
 
         It does when the model had learnt (perplexity below a quarter of the vocabulary size) and
-        the training perplexity is then more than ten times the best, or worse than a uniform guess.
+        the training perplexity is then more than ten times the best, or worse than a uniform guess;
+        or when after the first epoch it is more than ten times that of a uniform guess.
         """
         if not self.history:
             return None
@@ -240,6 +246,11 @@ class Trainer:
                 f"{best.perplexity:.4g} in epoch {best.epoch}; lower lr or let it fall "
                 "(lr_schedule='linear')"
             )
+        if last.epoch > 1 and last.perplexity > 10 * V:
+            return (
+                f"training diverges: perplexity {last.perplexity:.4g} in epoch {last.epoch}, where "
+                f"a uniform guess has {V}; lower lr={last.lr:g}"
+            )
         return None
 
     def restore_best(self) -> EpochStats | None:
@@ -251,7 +262,10 @@ class Trainer:
     def evaluate(self, corpus: Corpus) -> float:
         """Perplexity of the current weights on ``corpus``, read from its start in one row."""
         if corpus.vocab != self.model.vocab:
-            raise CorpusError("the corpus to evaluate has another vocabulary than the model")
+            raise CorpusError(
+                "the corpus to evaluate has another vocabulary than the model: build it as "
+                "fastrnn.Corpus(model.vocab, model.vocab.encode(text))"
+            )
         self._bind()
         return self._perplexity(*self._validation_run(corpus))
 
@@ -336,6 +350,13 @@ class Trainer:
             notes: JSON-able values to keep beside it (the command line keeps the corpus's path);
                 None: those that the trainer was resumed with.
         """
+        tensors, trainer = self._state()
+        if notes is not None:
+            trainer["notes"] = notes
+        save_checkpoint(path, tensors, {"model": self.model.config, "trainer": trainer})
+
+    def _state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """All that :meth:`_restored` needs beside the corpus: tensors, and what JSON can hold."""
         self._bind()
         get, dims = self._backend.get, self._ws.dims
         best = get(self._best_params)
@@ -358,9 +379,12 @@ class Trainer:
             "seconds": self._seconds,
             "best": None if self.best is None else self.best.epoch,
             "history": [list(asdict(stats).values()) for stats in self.history],
-            "notes": self.notes if notes is None else notes,
+            "notes": self.notes,
         }
-        save_checkpoint(path, tensors, {"model": self.model.config, "trainer": trainer})
+        return tensors, trainer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self)._restored, (self.model, self.corpus, *self._state())
 
     @classmethod
     def resume(
@@ -394,34 +418,48 @@ class Trainer:
                     f"{path} was trained on another text than {corpus.name} "
                     f"({len(corpus):,} characters): pass the same corpus and max_chars"
                 )
-            trainer = cls(
-                model,
-                corpus,
-                saved["batch_size"],
-                saved["num_steps"],
-                saved["sampling"],
-                clip_norm=saved["clip_norm"],
-                lr_schedule=lr_schedule or LRSchedule(**saved["lr_schedule"]),
-                seed=saved["seed"],
-                val_fraction=saved["val_fraction"],
-            )
-            trainer.notes = saved["notes"]
-            trainer.history = [EpochStats(*row) for row in saved["history"]]
-            if saved["best"] is not None:
-                trainer.best = trainer.history[saved["best"] - 1]
-            trainer._cursor, trainer._seconds = saved["cursor"], saved["seconds"]
-            trainer._starts = trainer._epoch_starts(trainer._train, trainer.epoch)
-            best = np.zeros(trainer._ws.dims.flat_size, model.dtype)
-            for name in PARAM_NAMES:
-                best[trainer._ws.dims.param_slices[name]] = tensors[f"best.{name}"].ravel()
-            put, ws = trainer._backend.put, trainer._ws
-            put(best, out=trainer._best_params)
-            put(tensors["trainer.h0"], out=ws.h0)
-            put(tensors["trainer.totals"], out=ws.totals)
+            return cls._restored(model, corpus, tensors, saved, lr_schedule)
         except CorpusError:
             raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path} does not hold a complete trainer: {error!r}") from error
+
+    @classmethod
+    def _restored(
+        cls,
+        model: CharRNN,
+        corpus: Corpus,
+        tensors: Mapping[str, NDArray[Any]],
+        saved: Mapping[str, Any],
+        lr_schedule: LRSchedule | None = None,
+    ) -> Trainer:
+        """The trainer whose :meth:`_state` is given, on a model that has its weights."""
+        trainer = cls(
+            model,
+            corpus,
+            saved["batch_size"],
+            saved["num_steps"],
+            saved["sampling"],
+            clip_norm=saved["clip_norm"],
+            lr_schedule=lr_schedule or LRSchedule(**saved["lr_schedule"]),
+            seed=saved["seed"],
+            val_fraction=saved["val_fraction"],
+        )
+        trainer.notes = dict(saved["notes"])
+        trainer.history = [EpochStats(*row) for row in saved["history"]]
+        if saved["best"] is not None:
+            trainer.best = trainer.history[saved["best"] - 1]
+        trainer._cursor, trainer._seconds = int(saved["cursor"]), float(saved["seconds"])
+        trainer._starts = trainer._epoch_starts(trainer._train, trainer.epoch)
+        if not 0 <= trainer._cursor <= len(trainer._starts):
+            raise ValueError(f"cursor {trainer._cursor} of {len(trainer._starts)} steps")
+        best = np.zeros(trainer._ws.dims.flat_size, model.dtype)
+        for name in PARAM_NAMES:
+            best[trainer._ws.dims.param_slices[name]] = tensors[f"best.{name}"].ravel()
+        put, ws = trainer._backend.put, trainer._ws
+        put(best, out=trainer._best_params)
+        put(tensors["trainer.h0"], out=ws.h0)
+        put(tensors["trainer.totals"], out=ws.totals)
         return trainer
 
 

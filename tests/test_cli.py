@@ -46,13 +46,10 @@ def spawn(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     """Run a command as a process of its own."""
     root = str(Path(fastrnn.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
+    environment |= options.pop("env", {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen(
-        [sys.executable, "-m", "fastrnn", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **options,
+        [sys.executable, "-m", "fastrnn", *map(str, arguments)], text=True, env=environment, **pipes
     )
 
 
@@ -122,6 +119,71 @@ def test_resume_needs_something_to_do_and_refuses_contradictions() -> None:
     clash = run("train", "--resume", "fastrnn.safetensors", "--hidden-size", "9")
     assert clash.exit_code == 2
     assert "--hidden-size cannot be given with --resume" in clash.output
+
+
+def test_resume_takes_another_rate_and_a_shorter_run() -> None:
+    assert train("--epochs", "20").exit_code == 0
+    shorter = run("train", "--resume", "fastrnn.safetensors", "--epochs", "10")
+    assert "has already done 20 of 10 epochs" in shorter.output
+    longer = ["--epochs", "24", "--lr", "7", "--lr-schedule", "constant", "--out", "b"]
+    assert run("train", "--resume", "fastrnn.safetensors", *longer).exit_code == 0
+    _, header = load_checkpoint("b")
+    assert header["trainer"]["lr_schedule"]["lr"] == 7
+    assert header["trainer"]["history"][-1][6] == 7
+    save_checkpoint("c", *stopped_early(epochs=100))
+    result = run("train", "--resume", "c", "--epochs", "40", "--out", "d")
+    assert result.exit_code == 0, result.output
+
+
+def stopped_early(epochs: int) -> tuple[Any, Any]:
+    """The run of above as if it had been planned for more epochs."""
+    tensors, header = load_checkpoint("fastrnn.safetensors")
+    del header["format"]
+    header["trainer"]["lr_schedule"] |= {"epochs": epochs, "hold": epochs * 3 // 5}
+    header["trainer"]["notes"]["epochs"] = epochs
+    return tensors, header
+
+
+@pytest.mark.parametrize("change", [{"cursor": 99_999}, {"notes": None}, {"lr_schedule": {}}])
+def test_a_damaged_header_is_named(change: dict[str, Any]) -> None:
+    assert train("--epochs", "2").exit_code == 0
+    tensors, header = load_checkpoint("fastrnn.safetensors")
+    header["trainer"] |= change
+    save_checkpoint("damaged", tensors, header)
+    result = run("train", "--resume", "damaged", "--epochs", "4")
+    assert result.exit_code == 1
+    assert "does not hold a complete trainer" in result.output
+
+
+def test_the_file_of_another_run_is_kept() -> None:
+    assert train("--epochs", "3").exit_code == 0
+    result = train("--epochs", "2")
+    assert "is now fastrnn.safetensors.bak" in result.output
+    assert len(load_checkpoint("fastrnn.safetensors.bak")[1]["trainer"]["history"]) == 3
+    assert len(load_checkpoint("fastrnn.safetensors")[1]["trainer"]["history"]) == 2
+
+
+def test_what_cannot_be_printed_or_written_keeps_what_was_learnt() -> None:
+    Path("song.txt").write_text("分开我们不分开 " * 90)
+    arguments = ["train", "song.txt", *SMALL, "--epochs", "3", "--pred-period", "1"]
+    process = spawn(*arguments, env={"PYTHONIOENCODING": "ascii"})
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "\\u5206" in output
+    result = train("--epochs", "5", "--json", "/dev/full", "--out", "full.st")
+    assert result.exit_code == 1
+    assert len(load_checkpoint("full.st")[1]["trainer"]["history"]) == 1
+
+
+def test_names_and_endings_are_checked_before_the_work() -> None:
+    assert "expected a name that ends in one of" in train("--plot", "curve.foo").output
+    assert "temperature must be" in train("--temperature", "inf").output
+    strange = os.fsdecode(b"we\xffird.txt")
+    Path(strange).write_text(TEXT)
+    process = spawn("train", strange, *SMALL, "--epochs", "1")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert load_checkpoint("fastrnn.safetensors")[1]["trainer"]["notes"]["corpus"].endswith(strange)
 
 
 def test_config_file_is_below_the_flags() -> None:
@@ -195,7 +257,7 @@ def test_the_smallest_and_the_strangest_texts_train() -> None:
 # --- signals, pipes, disks ---
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(signum: int) -> None:
     process = spawn("train", "text.txt", *SMALL, "--epochs", "1000000", "--json", "m.jsonl")
     deadline = time.monotonic() + 60

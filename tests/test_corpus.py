@@ -7,13 +7,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrnn import CorpusError, Vocab, corpus_from_text, load_corpus, reference
+from fastrnn import Corpus, CorpusError, Vocab, corpus_from_text, load_corpus, reference
 from fastrnn.corpus import BUNDLED_CORPUS, batch_starts, num_batches
 
 
@@ -232,6 +233,21 @@ def test_too_short_says_what_is_needed() -> None:
     with pytest.raises(CorpusError, match="need at least 1,121 characters, got 1,120"):
         batch_starts(1120, 32, 35, "random")
     assert len(batch_starts(1121, 32, 35, "random")) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([0, 1, 5], r"tokens must be in \[0, 3\), the vocabulary, got 5"),
+        ([0, -1], r"got -1"),
+        ([[0, 1]], r"shape \[N\], got int64 \[1, 2\]"),
+        ([0.5], "must be integers"),
+    ],
+)
+def test_tokens_outside_the_vocabulary_are_refused(tokens: Any, message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        Corpus(Vocab("abc"), np.array(tokens))
+    assert Corpus(Vocab("abc"), np.array([2, 0], np.uint8)).tokens.dtype == np.int32
 
 
 def test_split_keeps_the_vocabulary() -> None:

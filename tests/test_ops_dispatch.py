@@ -442,3 +442,13 @@ def test_devices_that_are_neither_cpu_nor_cuda(arrays: dict[str, Any]) -> None:
 
     with pytest.raises(TypeError, match="z must lie on a CPU or CUDA device, got DLPack device t"):
         call("recurrence", arrays, Elsewhere)
+
+
+def test_a_missing_gradient_is_named() -> None:
+    p, g = np.ones(3, np.float32), np.ones(3, np.float32)
+    with pytest.raises(TypeError, match=r"grads\[1\] must be an array, got None"):
+        ops.clip_by_global_norm([g, None], 1.0)
+    with pytest.raises(TypeError, match=r"grads\[1\] must be an array, got None"):
+        ops.sgd([p, p.copy()], [g, None], 0.1)
+    with pytest.raises(TypeError, match=r"params\[1\] must be an array, got None"):
+        ops.sgd([p, None], [g, g.copy()], 0.1)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import os
+import pickle
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +152,49 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(
     assert_same(state(whole), state(second))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_a_copy_goes_on_by_itself_as_the_original_would(
+    backend: Backend, corpus: fastrnn.Corpus, copied: Any
+) -> None:
+    first = make(corpus, backend, val_fraction=0.2)
+    first.fit(2)
+    before = first.model.params
+    try:
+        second = copied(first)
+    except fastrnn.BackendUnavailableError:
+        pytest.skip("this backend is emulated: another process could not open it by its name")
+    second.fit(2)
+    np.testing.assert_array_equal(first.model.params["W_hh"], before["W_hh"])
+    first.fit(2)
+    assert_same(state(first), state(second))
+    model = copied(first.model)
+    np.testing.assert_array_equal(model.params["W_xh"], first.model.params["W_xh"])
+
+
+def test_steps_that_an_interrupt_cut_short_are_not_run_again(
+    backend: Backend, corpus: fastrnn.Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = make(corpus, backend), make(corpus, backend)
+    whole.fit(2)
+    run_steps = backend.run_steps
+    cuts = iter([1, 3, 1000])
+
+    def interrupted(ws: Any, starts: Any, *rest: Any) -> None:
+        """Ctrl-C comes when some of the steps, or all of them, are done."""
+        some = next(cuts, None)
+        run_steps(ws, starts[:some], *rest)
+        if some is not None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, "run_steps", interrupted)
+    while cut.epoch < 2:
+        try:
+            cut.run_epoch()
+        except KeyboardInterrupt:
+            continue
+    assert_same(state(whole), state(cut))
+
+
 def test_resume_refuses_another_text_and_a_bare_model(
     corpus: fastrnn.Corpus, tmp_path: Path
 ) -> None:
@@ -202,6 +249,12 @@ def test_nan_stops_at_once_and_keeps_the_best_weights(corpus: fastrnn.Corpus) ->
         trainer.run_epoch()
     assert_same(list(best.values()), list(trainer.model.params.values()))
     assert trainer.run_epoch().epoch == 3
+
+
+def test_a_run_that_never_learns_is_noticed(corpus: fastrnn.Corpus) -> None:
+    trainer = make(corpus, lr=1e5, clip_norm=1.0)
+    with pytest.raises(DivergenceError, match="where a uniform guess has"):
+        trainer.fit(30)
 
 
 def test_a_healthy_run_is_not_called_diverged(corpus: fastrnn.Corpus) -> None:
@@ -302,6 +355,23 @@ def test_failed_save_leaves_the_old_checkpoint(
         CharRNN(corpus.vocab, 6, "numpy").save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(corpus: fastrnn.Corpus, tmp_path: Path) -> None:
+    model = CharRNN(corpus.vocab, 4, "numpy")
+    (tmp_path / "real").mkdir()
+    real, link = tmp_path / "real" / "m.safetensors", tmp_path / "link.safetensors"
+    model.save(real)
+    real.chmod(0o600)
+    link.symlink_to(real)
+    CharRNN(corpus.vocab, 5, "numpy").save(link)
+    assert link.is_symlink()
+    assert fastrnn.load(real, "numpy").hidden_size == 5
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="device or pipe, not a file"):
+        model.save(tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_non_contiguous_parameters_are_saved_right(corpus: fastrnn.Corpus, tmp_path: Path) -> None:

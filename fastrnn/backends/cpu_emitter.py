@@ -42,7 +42,10 @@ def jit(function: Callable[..., Any]) -> Any:
     compiled = numba.njit(
         nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"}
     )(function)
-    compiled.enable_caching()
+    try:
+        compiled.enable_caching()
+    except RuntimeError:  # No folder is writable: compile anew in every process.
+        return compiled
     file = getattr(compiled._cache, "_cache_file", None)
     if file is not None and hasattr(file, "_source_stamp"):
         file._source_stamp = _STAMP
