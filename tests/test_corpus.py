@@ -68,7 +68,7 @@ def test_any_text_survives(text: str) -> None:
 def test_file_and_zip_hold_the_same_text(tmp_path: Path, bom: bytes) -> None:
     text = "一只🐈\r\n在 the roof\n" * 3
     plain = write(tmp_path / "a.txt", bom + text.encode())
-    write_zip(tmp_path / "a.zip", {"a.txt": text})
+    write_zip(tmp_path / "a.zip", {"a.txt": text, "__MACOSX/._a.txt": "a Mac's shadow of it"})
     want = corpus_from_text(text)
     for path in (plain, tmp_path / "a.zip"):
         corpus = load_corpus(path)

@@ -307,6 +307,16 @@ def test_the_mark_changes_with_any_of_the_sources(
         monkeypatch.undo()
 
 
+def test_without_a_place_for_the_cache_code_is_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: Any) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(numba.core.dispatcher.Dispatcher, "enable_caching", refuse)
+    assert cpu_emitter.jit(lambda x: x + 1)(1) == 2
+
+
 # --- weights in either order -----------------------------------------------------------------
 
 
