@@ -259,7 +259,12 @@ def test_the_smallest_and_the_strangest_texts_train() -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(signum: int) -> None:
-    process = spawn("train", "text.txt", *SMALL, "--epochs", "1000000", "--json", "m.jsonl")
+    arguments = ["text.txt", *SMALL, "--epochs", "1000000", "--json", "m.jsonl"]
+
+    def listen() -> None:  # nohup, under which tests may run, has SIGHUP ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = spawn("train", *arguments, preexec_fn=listen)
     deadline = time.monotonic() + 60
     while not (Path("m.jsonl").exists() and Path("m.jsonl").stat().st_size):
         assert time.monotonic() < deadline
