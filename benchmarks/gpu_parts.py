@@ -23,7 +23,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.op_cases import OPS, OpCase
-from fastrnn.backend import Backend, BackendUnavailableError, Dims, available_backends, open_backend
+from fastrnn.backend import (
+    GPU_BACKENDS,
+    Backend,
+    BackendUnavailableError,
+    Dims,
+    available_backends,
+    open_backend,
+)
 from fastrnn.bench import (
     HEADLINE,
     SIZES,
@@ -37,8 +44,6 @@ from fastrnn.bench import (
 from fastrnn.decoding import Decoding
 from fastrnn.reference import PARAM_NAMES
 
-GPU_BACKENDS = ("cupy", "numba-cuda")
-
 LARGE: dict[str, Dims] = {
     "gather": Dims(T=2048, B=32, H=1024, V=50_000),
     "gather_backward": Dims(T=2048, B=32, H=1024, V=50_000),
@@ -49,15 +54,6 @@ LARGE: dict[str, Dims] = {
     "sgd": Dims(T=1, B=1, H=1024, V=48_300),
 }
 """Sizes that do not fit in a cache; 100 million parameters for the last two."""
-
-SPIN = """
-extern "C" __global__ void spin(long long clocks) {
-    const long long begin = clock64();
-    while (clock64() - begin < clocks) {}
-}
-"""
-SPIN_CLOCKS = 200_000
-"""About a tenth of a millisecond: longer than the host takes to launch a graph."""
 
 RECURRENCES = ("B1", "B256", "H64", "H512", "H1024", "T512")
 COPY_BYTES = 1 << 30
@@ -125,6 +121,16 @@ def _replay(backend: Backend, call: Callable[[], Any], repeats: int) -> Callable
         return float(cuda.event_elapsed_time(begin, end)) * 1e-3
 
     return run_numba
+
+
+SPIN = """
+extern "C" __global__ void spin(long long clocks) {
+    const long long begin = clock64();
+    while (clock64() - begin < clocks) {}
+}
+"""
+SPIN_CLOCKS = 200_000
+"""About a tenth of a millisecond: longer than the host takes to launch a graph."""
 
 
 @functools.cache

@@ -353,7 +353,9 @@ class Backend(ABC):
 
 # --- Opening a backend -----------------------------------------------------------------------
 
-BACKENDS = ("cupy", "numba-cuda", "numba", "numpy")
+GPU_BACKENDS = ("cupy", "numba-cuda")
+CPU_BACKENDS = ("numba", "numpy")
+BACKENDS = (*GPU_BACKENDS, *CPU_BACKENDS)
 """Names in the order in which ``auto`` probes them."""
 
 _CLASSES = {

@@ -240,9 +240,12 @@ def train(
             raise UsageError(
                 f"{', '.join(clash)} cannot be given with --resume: the checkpoint says"
             )
-        changes = {"kind": lr_schedule.value, "lr": lr, "hold": hold}
-        options = {"kind": "lr_schedule", "lr": "lr", "hold": "hold"}
-        changes = {k: v for k, v in changes.items() if options[k] in given}
+        rates = {
+            "lr_schedule": ("kind", lr_schedule.value),
+            "lr": ("lr", lr),
+            "hold": ("hold", hold),
+        }
+        changes = dict(change for option, change in rates.items() if option in given)
         trainer, epochs = _resumed(
             resume, corpus, max_chars, epochs if "epochs" in given else None, changes,
             "max_chars" in given, backend.value,
@@ -335,8 +338,6 @@ def _resumed(
             if now["hold"] >= total and "hold" not in changes:
                 now["hold"] = default_hold(total)
             schedule = LRSchedule(**now)
-    except UsageError:
-        raise
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not hold a complete trainer: {error!r}") from error
     text = fastrnn.load_corpus(corpus, max_chars or None)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -184,7 +185,7 @@ class Run:
         if not self.saved and not self.resumed and out.is_file():
             # The file is of another run: it is not for this one to throw away.
             before = out.with_name(f"{out.name}.bak")
-            os.replace(out, before)
+            shutil.copy2(out, before)
             self.console.print(f"the {out.name} that was there is now {before.name}")
         self.trainer.save(out, notes=self.outputs.notes)
         self.saved = True

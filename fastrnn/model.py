@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,9 @@ class CharRNN:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self.vocab, self.hidden_size, self.backend, self.dtype.name, self.params)
+        # A copy's parameters travel on the host, to another process too.
+        rebuild = functools.partial(type(self), params=self.params)
+        return rebuild, (self.vocab, self.hidden_size, self.backend, self.dtype.name)
 
     # --- parameters ---
 
@@ -278,13 +281,6 @@ def _model_of(
     ordered["b_q"] = params["b_q"][order]
     W_hh = params["W_hh"]
     return CharRNN(Vocab(chars), len(W_hh), backend, W_hh.dtype, params=ordered)
-
-
-def _rebuilt(
-    vocab: Vocab, hidden_size: int, backend: Backend, dtype: str, params: dict[str, NDArray[Any]]
-) -> CharRNN:
-    """A copy of a model, or one from another process: the parameters travel on the host."""
-    return CharRNN(vocab, hidden_size, backend, dtype, params=params)
 
 
 def model_from_checkpoint(

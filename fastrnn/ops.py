@@ -39,9 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.backend import Array, Backend, BackendUnavailableError, open_backend
-
-CPU_BACKENDS = ("numba", "numpy")
+from fastrnn.backend import CPU_BACKENDS, Array, Backend, BackendUnavailableError, open_backend
 
 
 def gather(W_xh: Array, tokens: Array, b_h: Array, out: Array | None = None) -> Array:
@@ -386,20 +384,18 @@ class _Call:
 
     def out(self, name: str, array: Any, shape: tuple[int, ...] | None) -> Any:
         """Check an array that will be written: it must be in C order and writable."""
-        if array is None:
-            return None
+        return None if array is None else self._written(name, array, shape)
+
+    def written(self, name: str, arrays: Sequence[Any]) -> list[Array]:
+        """Check a list of arrays of any shape that will all be written."""
+        return [self._written(f"{name}[{i}]", a, None).view for i, a in enumerate(arrays)]
+
+    def _written(self, name: str, array: Any, shape: tuple[int, ...] | None) -> _Out:
         view = self._checked(name, array, shape)
         # CuPy's arrays are always writable.
         if not view.flags.c_contiguous or not getattr(view.flags, "writeable", True):
             raise ValueError(f"{name} must be C-contiguous and writable: it is written in place")
         return _Out(array, view)
-
-    def written(self, name: str, arrays: Sequence[Any]) -> list[Array]:
-        """Check a list of arrays of any shape that will all be written."""
-        for i, array in enumerate(arrays):
-            if array is None:
-                raise TypeError(f"{name}[{i}] must be an array, got None")
-        return [self.out(f"{name}[{i}]", a, None).view for i, a in enumerate(arrays)]
 
     def outs(self, out: Any, **shapes: tuple[int, ...]) -> Any:
         """Check a tuple of output arrays, named and shaped as in ``shapes``."""

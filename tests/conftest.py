@@ -11,16 +11,18 @@ import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
-from fastrnn.backend import Backend, BackendUnavailableError, open_backend
+from fastrnn.backend import (
+    CPU_BACKENDS,
+    GPU_BACKENDS,
+    Backend,
+    BackendUnavailableError,
+    open_backend,
+)
 from tests.emulator.require import require_emulator
 
 # One thread a core is plenty for toy shapes, and examples must not depend on a machine's speed.
 settings.register_profile("fastrnn", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("fastrnn")
-
-CPU_BACKENDS = ("numpy", "numba")
-GPU_BACKENDS = ("cupy", "numba-cuda")
-
 
 MISSING: dict[str, str] = {}
 for _name in GPU_BACKENDS:

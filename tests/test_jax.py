@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrnn import ops, reference
-from tests.conftest import CPU_BACKENDS, Inputs
+from fastrnn.backend import CPU_BACKENDS
+from tests.conftest import Inputs
 from tests.tolerances import RELATIVE_RMS, assert_close, relative_rms
 
 jax = pytest.importorskip("jax", reason="jax is not installed")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrnn import reference
-from fastrnn.backend import Backend, Dims, open_backend
-from tests.conftest import ALL_BACKENDS, CPU_BACKENDS, Inputs, open_any
+from fastrnn.backend import CPU_BACKENDS, Backend, Dims, open_backend
+from tests.conftest import ALL_BACKENDS, Inputs, open_any
 from tests.tolerances import RELATIVE_RMS, assert_close, relative_rms
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fastrnn.backend import BACKENDS, available_backends
+from fastrnn.backend import BACKENDS, GPU_BACKENDS, available_backends
 from fastrnn.bench.workloads import WORKLOADS
 
 
@@ -138,9 +138,6 @@ PEERS = (
         "cuda",
     ),
 )
-
-
-GPU_BACKENDS = ("cupy", "numba-cuda")
 
 
 def backend_contender(name: str, label: str | None = None, **env: str) -> Contender:

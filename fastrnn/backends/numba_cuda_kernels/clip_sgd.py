@@ -56,6 +56,15 @@ def sum_squares_kernel(dtype: Any, geometry: Geometry) -> Kernel:
     return Kernel("sum_squares", sum_squares, (vector, DOUBLES, I32), THREADS)
 
 
+@device
+def global_norm(partial: Any, sums: Any, tid: Any, threads: Any) -> Any:
+    """``sqrt(Σ partial)`` in every thread of a block, in fixed order; ``sums`` is scratch."""
+    total = 0.0
+    for i in range(tid, partial.shape[0], threads):
+        total += partial[i]
+    return math.sqrt(block_sum(sums, tid, total))
+
+
 @functools.cache
 def norm_kernel(dtype: Any, geometry: Geometry) -> Kernel:
     """``norm = sqrt(Σ partial)``, ``scale = min(1, max_norm / norm)``; one block, fixed order."""
@@ -64,10 +73,7 @@ def norm_kernel(dtype: Any, geometry: Geometry) -> Kernel:
     def norm(partial: Any, rates: Any, out: Any, scale: Any) -> None:
         sums = cuda.shared.array(THREADS, dtype=types.float64)
         tid = u32(cuda.threadIdx.x)
-        total = 0.0
-        for i in range(tid, partial.shape[0], THREADS):
-            total += partial[i]
-        total = math.sqrt(block_sum(sums, tid, total))
+        total = global_norm(partial, sums, tid, THREADS)
         if tid == 0:
             out[0] = total
             scale[0] = rates[1] / total if total > rates[1] else 1.0
@@ -142,10 +148,7 @@ def update_kernel(dtype: Any, geometry: Geometry) -> Kernel:
     ) -> None:  # fmt: skip
         sums = cuda.shared.array(THREADS, dtype=types.float64)
         tid = u32(cuda.threadIdx.x)
-        total = 0.0
-        for i in range(tid, partial.shape[0], THREADS):
-            total += partial[i]
-        total = math.sqrt(block_sum(sums, tid, total))
+        total = global_norm(partial, sums, tid, THREADS)
         factor = as_real(rates[1] / total if total > rates[1] else 1.0)
         lr = as_real(rates[0])
         first, step = cuda.grid(1), cuda.gridsize(1)
