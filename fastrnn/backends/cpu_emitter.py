@@ -78,6 +78,19 @@ MR = 8 if _AVX512 or not _X86 else 6
 """Rows of a tile: ``2 MR`` accumulators, two vectors of weights and one of inputs fit registers."""
 
 
+def _l2_bytes() -> int:
+    """The size of the first core's second-level cache where Linux tells it, else 1 MiB."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 1 << 20
+
+
+L2_BYTES = _l2_bytes()
+"""What loops keep in a core's second-level cache depends on it; their results do not."""
+
+
 def panel_width(dtype: Any) -> int:
     """``W``: the columns of a panel."""
     return 2 * VECTOR_BYTES // int(np.dtype(dtype).itemsize)
@@ -189,24 +202,38 @@ class Emitter:
     def load(self, pointer: Any, mask: Any = None, other: Any = None) -> Any:
         """A vector; where ``mask`` is given, ``other`` (zeros) in the lanes that it leaves out."""
         vector = self.b.bitcast(pointer, self.vec.as_pointer())
+        align = self.bits // 8
         if mask is None:
-            return self.b.load(vector, align=self.bits // 8)
-        return self.intrinsic(
-            f"llvm.masked.load.{self.suffix}.p0",
-            self.vec,
-            [vector, ir.Constant(I32, self.bits // 8), mask, other or self.splat(0.0)],
-        )
+            return self.b.load(vector, align=align)
+        name = f"llvm.masked.load.{self.suffix}.p0"
+        part = [vector, ir.Constant(I32, align), mask, other or self.splat(0.0)]
+        if _AVX or _AVX512:
+            return self.intrinsic(name, self.vec, part)
+        with self.b.if_else(self.every(mask)) as (whole, some):
+            with whole:
+                all_there, here = self.b.load(vector, align=align), self.b.block
+            with some:
+                some_there, there = self.intrinsic(name, self.vec, part), self.b.block
+        loaded = self.b.phi(self.vec)
+        loaded.add_incoming(all_there, here)
+        loaded.add_incoming(some_there, there)
+        return loaded
 
     def store(self, value: Any, pointer: Any, mask: Any = None) -> None:
         vector = self.b.bitcast(pointer, self.vec.as_pointer())
+        align = self.bits // 8
+        name = f"llvm.masked.store.{self.suffix}.p0"
+        part = [value, vector, ir.Constant(I32, align), mask]
         if mask is None:
-            self.b.store(value, vector, align=self.bits // 8)
-            return
-        self.intrinsic(
-            f"llvm.masked.store.{self.suffix}.p0",
-            ir.VoidType(),
-            [value, vector, ir.Constant(I32, self.bits // 8), mask],
-        )
+            self.b.store(value, vector, align=align)
+        elif _AVX512:
+            self.intrinsic(name, ir.VoidType(), part)
+        else:  # Elsewhere a masked store costs a dozen plain ones (AMD), or goes lane by lane.
+            with self.b.if_else(self.every(mask)) as (whole, some):
+                with whole:
+                    self.b.store(value, vector, align=align)
+                with some:
+                    self.intrinsic(name, ir.VoidType(), part)
 
     def prefetch(self, pointer: Any) -> None:
         """Ask for a cache line, into the first level."""
@@ -222,6 +249,11 @@ class Emitter:
     def masks(self, n: Any) -> list[Any]:
         """The masks of the first n columns of a panel's row."""
         return [self.lanes_below(self.b.sub(n, integer(j * self.L))) for j in range(2)]
+
+    def every(self, mask: Any) -> Any:
+        """Whether the mask has all lanes."""
+        lanes = ir.IntType(self.L)
+        return self.b.icmp_unsigned("==", self.b.bitcast(mask, lanes), ir.Constant(lanes, -1))
 
     def all_lanes(self, condition: Any) -> Any:
         """The mask of all lanes or of none."""

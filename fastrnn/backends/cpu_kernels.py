@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastrnn.backends.cpu_emitter import MR, VECTOR_BYTES, jit
+from fastrnn.backends.cpu_emitter import L2_BYTES, MR, VECTOR_BYTES, jit
 from fastrnn.backends.cpu_threads import barrier
 from fastrnn.backends.cpu_vector import (
     address,
@@ -279,51 +279,59 @@ def outer(
     of C's blocks and then of the panels of sums, or 0. block: scratch.
     """
     W = 2 * VECTOR_BYTES // size
-    a_panels, groups = panels(M, size), 1
+    e_panels, units = panels(N, size), panels(M, size) * panels(N, size)
+    groups, tallest = 1, B
     if slot >= 0:
         groups = tiles(B)
-    # A thread has rows of C, and takes them panel by panel of E.
-    e_panels = panels(N, size)
-    units = a_panels * e_panels
+        tallest = (B + groups - 1) // groups
+    # Spans of rows, as many in each group; chunks of them, after each of which C is added up.
+    spans = (T * tallest + SPAN - 1) // SPAN
+    chunks = (T * B + LONG - 1) // LONG
+    # A thread has rows of C: some panels of A.
     first, last = share(units, tid, nt)
-    q0 = first // e_panels
-    width = max(1, (last + e_panels - 1) // e_panels - q0)
-    for i in range(e_panels * width):
-        p, q = i // width, q0 + i % width
-        unit = q * e_panels + p
-        n, height = min(W, N - p * W), min(W, M - q * W)
-        if q == q0 and sums != 0 and p % nt == tid:
-            here = sums + p * W * size
-            column_sums(like, T * B, n, E + p * e_panel * size, W, here)
-            if partial != 0:
-                squares(like, 1, n, 0, here, n, partial + (units + p) * 8)
-        if not first <= unit < last:
-            continue
-        to = C + (q * W * N + p * W) * size
-        held, more = 0, 1 if adds else 0
-        for g in range(groups):
-            b = B * g // groups
-            R, later = T * (B * (g + 1) // groups - b), 0
-            if slot >= 0:
-                later = b + slot * (B * (g + 1) // groups - b)
-            spans = (R + SPAN - 1) // SPAN
-            for s in range(spans):
-                r, rows = b * T + R * s // spans, R * (s + 1) // spans - R * s // spans
-                for m in range(0, height, MR):
-                    here = block + m * W * size
-                    tile_columns(
-                        like, min(MR, height - m),
-                        A + (q * a_panel + (r + later) * W + m) * size, rows,
-                        E + (p * e_panel + r * W) * size, here if held else 0, W, here,
-                    )  # fmt: skip
-                held += rows
-                end = g == groups - 1 and s == spans - 1
-                if end or held + SPAN > LONG:
+    q0, q1 = first // e_panels, (last + e_panels - 1) // e_panels
+    # As many of them at a time as stay in the second-level cache over a chunk.
+    wide = max(1, L2_BYTES // 2 // (T * B // chunks * W * size))
+    blocks = max(1, (q1 - q0 + wide - 1) // wide)
+    for c in range(chunks):
+        i0, i1 = groups * spans * c // chunks, groups * spans * (c + 1) // chunks
+        for k in range(blocks):
+            a0, a1 = q0 + (q1 - q0) * k // blocks, q0 + (q1 - q0) * (k + 1) // blocks
+            for p in range(e_panels):
+                n = min(W, N - p * W)
+                if sums != 0 and c == 0 and k == 0 and p % nt == tid:
+                    here = sums + p * W * size
+                    column_sums(like, T * B, n, E + p * e_panel * size, W, here)
+                    if partial != 0:
+                        squares(like, 1, n, 0, here, n, partial + (units + p) * 8)
+                for q in range(a0, a1):
+                    unit = q * e_panels + p
+                    if not first <= unit < last:
+                        continue
+                    height = min(W, M - q * W)
+                    steps = tiles(height)
+                    for i in range(i0, i1):
+                        g, s = i // spans, i % spans
+                        b = B * g // groups
+                        step = B * (g + 1) // groups - b
+                        r = b * T + T * step * s // spans
+                        rows = b * T + T * step * (s + 1) // spans - r
+                        later = 0
+                        if slot >= 0:
+                            later = b + slot * step
+                        for j in range(steps):
+                            m = height * j // steps
+                            here = block + m * W * size
+                            tile_columns(
+                                like, height * (j + 1) // steps - m,
+                                A + (q * a_panel + (r + later) * W + m) * size, rows,
+                                E + (p * e_panel + r * W) * size, here if i > i0 else 0, W, here,
+                            )  # fmt: skip
                     final = 0
-                    if end and partial != 0:
+                    if c == chunks - 1 and partial != 0:
                         final = partial + unit * 8
-                    put(like, height, n, block, to, N, more, final)
-                    held, more = 0, 1
+                    to = C + (q * W * N + p * W) * size
+                    put(like, height, n, block, to, N, 1 if adds or c > 0 else 0, final)
 
 
 # --- Loss --------------------------------------------------------------------------------------

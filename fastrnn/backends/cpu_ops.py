@@ -63,9 +63,11 @@ def gather_backward(tid, nt, sync, dz, tokens, dW_xh, db_h):
     for v in range(len(dW_xh)):
         for j in range(p0 * W, min(H, p1 * W)):
             dW_xh[v, j] = 0
+    j0, at = p0 * W, p0 * W * size
+    n = min(H, p1 * W) - j0
+    scatter(like, R, n, address(tokens), address(dz) + at, W, H, address(dW_xh) + at, H)
     for p in range(p0, p1):
         n, at = min(W, H - p * W), p * W * size
-        scatter(like, R, n, address(tokens), address(dz) + at, H, address(dW_xh) + at, H)
         column_sums(like, R, n, address(dz) + at, H, address(db_h) + at)
     barrier(tid, nt, sync)
 

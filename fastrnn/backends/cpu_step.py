@@ -193,9 +193,12 @@ def run_steps(
             for i in range(counts[old]):
                 dW_xh[used[old, i], j0:j1] = 0
             count = counts[1 - old]
+            scatter(
+                like, R, j1 - j0, address(x), dz_at + hp0 * panel * size, panel, W,
+                address(dW_xh) + j0 * size, H,
+            )  # fmt: skip
             for p in range(hp0, hp1):
                 n, at = min(W, H - p * W), address(dW_xh) + p * W * size
-                scatter(like, R, n, address(x), dz_at + p * panel * size, W, at, H)
                 squares(like, count, n, names, at, H, squares_at + (of_xh + p) * 8)
             barrier(tid, nt, sync)
             total = 0.0

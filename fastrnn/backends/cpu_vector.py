@@ -368,20 +368,27 @@ def _emit_pack(e: Emitter, arguments: Any) -> None:
                 e.store(row, e.at(turned, (j * e.L + i) * e.W), here)
 
 
-@once("scatter", "iitpipi")
+@once("scatter", "iitpiipi")
 def _emit_scatter(e: Emitter, arguments: Any) -> None:
-    """``D[TOKENS[i]] += S[i]`` for m rows in order, n <= W columns.
+    """``D[TOKENS[i]] += S[i]`` for m rows in order, n columns.
 
-    Arguments: m, n, TOKENS, S, elements between its rows, D, elements between its rows.
+    Arguments: m, n, TOKENS, S, elements between its panels, between its rows, D, elements between
+    its rows.
     """
-    m, n, tokens, S, s_row, D, d_row = arguments
-    masks = e.masks(n)
+    m, n, tokens, S, s_panel, s_row, D, d_row = arguments
 
     def row(i: Any) -> None:
         to = e.at(D, e.b.mul(e.b.sext(e.b.load(e.at(tokens, i)), I64), d_row))
-        for j, mask in enumerate(masks):
-            value = e.load(e.at(S, e.b.mul(i, s_row), j * e.L), mask)
-            e.store(e.b.fadd(e.load(e.at(to, j * e.L), mask), value), e.at(to, j * e.L), mask)
+        s = e.at(S, e.b.mul(i, s_row))
+
+        def panel(p: Any, masks: list[Any]) -> None:
+            column = e.b.mul(p, integer(e.W))
+            for j, mask in enumerate(masks):
+                value = e.load(e.at(s, e.b.mul(p, s_panel), j * e.L), mask)
+                at = e.at(to, column, j * e.L)
+                e.store(e.b.fadd(e.load(at, mask), value), at, mask)
+
+        e.panels(n, panel)
 
     e.loop(integer(0), m, 1, row)
 
@@ -549,7 +556,7 @@ _row_tops = _callable(_emit_row_tops, "iipiip")
 _exp_rows = _callable(_emit_exp_rows, "iipiipiipp")
 _scale_rows = _callable(_emit_scale_rows, "iipiip")
 _pack = _callable(_emit_pack, "iipipp")
-_scatter = _callable(_emit_scatter, "iitpipi")
+_scatter = _callable(_emit_scatter, "iitpiipi")
 _column_sums = _callable(_emit_column_sums, "iipip")
 _update = _callable(_emit_update, "iitpipiss")
 _squares = _callable(_emit_squares, "iitpid")
@@ -605,8 +612,8 @@ def pack_strip(like, m, n, S, s_row, out, turned):
 
 
 @jit
-def scatter(like, m, n, tokens, S, s_row, D, d_row):
-    _scatter(like, m, n, tokens, S, s_row, D, d_row)
+def scatter(like, m, n, tokens, S, s_panel, s_row, D, d_row):
+    _scatter(like, m, n, tokens, S, s_panel, s_row, D, d_row)
 
 
 @jit
