@@ -19,6 +19,7 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
+from numba import types
 
 import fastrnn.decoding
 
@@ -42,6 +43,11 @@ def jit(function: Callable[..., Any]) -> Any:
     compiled = numba.njit(
         nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"}
     )(function)
+    # Without this, numba compiles a function anew for a caller that gives it a written-out 0 or 1.
+    template = compiled.get_call_template
+    compiled.get_call_template = lambda arguments, names: template(
+        tuple(map(types.unliteral, arguments)), names
+    )
     try:
         compiled.enable_caching()
     except RuntimeError:  # No folder is writable: compile anew in every process.
