@@ -436,6 +436,10 @@ def bench(
         print(result.table())
         if json_file is not None:
             Path(json_file).write_text(result.to_json(), encoding="utf-8")
+    named = [name.value for name in backend or ()]
+    for row in result.rows:
+        if row.name in named and row.status == "missing":
+            raise BackendUnavailableError(row.reason)
     if plot is not None:
         result.plot(plot, *result.tables()[0])
 

@@ -9,6 +9,7 @@ lie one character to the right. Both ways of sampling differ in the offsets alon
 from __future__ import annotations
 
 import codecs
+import io
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -194,8 +195,7 @@ def load_corpus(path: str | Path | None = None, max_chars: int | None = 10_000) 
         CorpusError: an empty text, not UTF-8 (with the byte offset), a zip with no or several
             members, encrypted, damaged, or one that unpacks to an implausible size.
     """
-    if max_chars is not None and max_chars < 1:
-        raise ValueError(f"max_chars must be at least 1 or None, got {max_chars!r}")
+    _check_max_chars(max_chars)
     source = Path(BUNDLED_CORPUS if path is None else path)
     if not source.exists():
         raise FileNotFoundError(f"no such corpus: {source}")
@@ -212,6 +212,8 @@ def load_corpus(path: str | Path | None = None, max_chars: int | None = 10_000) 
 
 def corpus_from_text(text: str, max_chars: int | None = None, name: str = "text") -> Corpus:
     """A corpus from a string, treated as :func:`load_corpus` treats a file."""
+    _check_max_chars(max_chars)
+    text = text.removeprefix("\ufeff")
     if not text:
         raise CorpusError("a corpus needs at least one character, got an empty string")
     try:
@@ -219,6 +221,11 @@ def corpus_from_text(text: str, max_chars: int | None = None, name: str = "text"
     except UnicodeEncodeError as error:
         raise CorpusError(f"{name} holds a lone surrogate at character {error.start}") from None
     return _tokenise(_flatten(points), name)
+
+
+def _check_max_chars(max_chars: int | None) -> None:
+    if max_chars is not None and max_chars < 1:
+        raise ValueError(f"max_chars must be at least 1 or None, got {max_chars!r}")
 
 
 def _flatten(points: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -243,7 +250,9 @@ def _tokenise(points: NDArray[np.uint32], name: str) -> Corpus:
 @contextmanager
 def _open_text(source: Path) -> Iterator[IO[bytes]]:
     """The bytes of a plain file or of the only member of a zip (recognised by its content)."""
-    with source.open("rb") as file:
+    with source.open("rb") as opened:
+        # A pipe cannot be searched for a zip's end.
+        file: IO[bytes] = opened if opened.seekable() else io.BytesIO(opened.read())
         if not zipfile.is_zipfile(file):
             file.seek(0)
             yield file

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.backend import CPU_BACKENDS, Array, Backend, BackendUnavailableError, open_backend
+from fastrnn.backend import GPU_BACKENDS, Array, Backend, BackendUnavailableError, open_backend
 
 
 def gather(W_xh: Array, tokens: Array, b_h: Array, out: Array | None = None) -> Array:
@@ -344,7 +344,7 @@ def _cupy() -> Any:
 
 @functools.cache
 def _cpu_backend(override: str) -> Backend:
-    if override in CPU_BACKENDS:
+    if override and override != "auto" and override not in GPU_BACKENDS:
         return open_backend(override)
     try:
         return open_backend("numba")
@@ -375,7 +375,7 @@ class _Call:
         if self.kind.on_gpu:
             self.backend = open_backend("cupy")
         else:
-            self.backend = _cpu_backend(os.environ.get("FASTRNN_BACKEND", ""))
+            self.backend = _cpu_backend(os.environ.get("FASTRNN_BACKEND", "").strip())
 
     def array(self, name: str, array: Any, shape: tuple[int | None, ...] | None) -> Array:
         """Check dtype and shape of an input (None is any size >= 1); return it in C order."""
@@ -501,6 +501,7 @@ def _check_shape(name: str, array: Array, expected: tuple[int | None, ...]) -> N
     )
     if not fits:
         wanted = ", ".join("n >= 1" if want is None else str(want) for want in expected)
+        wanted += "," * (len(expected) == 1)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(array.shape)}")
 
 

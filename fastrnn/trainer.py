@@ -126,7 +126,14 @@ class Trainer:
         train, validation = corpus, None
         if val_fraction > 0:
             train, validation = corpus.split(val_fraction)
-        self._starts = self._epoch_starts(train, 0)
+        try:
+            self._starts = self._epoch_starts(train, 0)
+        except CorpusError as error:
+            if validation is None:
+                raise
+            raise CorpusError(
+                f"with val_fraction={val_fraction:g} of it held out, {error}"
+            ) from None
         self._train = train
         dims = Dims(
             self.num_steps, self.batch_size, model.hidden_size, len(model.vocab), model.dtype
@@ -243,8 +250,8 @@ class Trainer:
         if best.perplexity < V / 4 and collapsed:
             return (
                 f"training diverged: perplexity {last.perplexity:.4g} in epoch {last.epoch} after "
-                f"{best.perplexity:.4g} in epoch {best.epoch}; lower lr or let it fall "
-                "(lr_schedule='linear')"
+                f"{best.perplexity:.4g} in epoch {best.epoch}; lower the learning rate or "
+                "let it fall (a linear lr schedule)"
             )
         if last.epoch > 1 and last.perplexity > 10 * V:
             return (

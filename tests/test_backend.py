@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -56,6 +57,22 @@ def test_a_named_backend_that_cannot_run_never_falls_back(monkeypatch: pytest.Mo
     assert reason is not None
     assert "no_such_module" in reason
     assert fastrnn.available_backends()["numpy"] is None
+
+
+def test_numba_without_its_compiler_says_so() -> None:
+    code = (
+        "import fastrnn\n"
+        "print(fastrnn.available_backends()['numba'])\n"
+        "print(fastrnn.open_backend().name)\n"
+    )
+    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    env.pop("FASTRNN_BACKEND", None)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    reason, chosen = out.stdout.splitlines()
+    assert reason == "backend 'numba' is compiled code: unset NUMBA_DISABLE_JIT"
+    assert chosen != "numba"
 
 
 @pytest.mark.parametrize("name", ["cupy", "numba-cuda"])

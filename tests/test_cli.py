@@ -217,6 +217,7 @@ def test_divergence_keeps_the_best_weights() -> None:
         (["train", "one.txt"], 1, "the text is too short"),
         (["train", "gbk.txt"], 1, "is not UTF-8: byte 0xb7 at offset 0"),
         (["train", "text.txt", "--batch-size", "700"], 1, "the text is too short"),
+        (["train", "text.txt", "--val-fraction", "0.95"], 1, "with val_fraction=0.95 of it held"),
         (["train", "text.txt", *SMALL, "--prefix", "海"], 1, "'海' (U+6D77)"),
         (["train", "text.txt", "--out", "no/where"], 1, "there is no directory no"),
         (["train", "text.txt", "--json", "no/where"], 1, "there is no directory no"),
@@ -312,7 +313,8 @@ def test_a_full_disk_loses_nothing() -> None:
         env={**os.environ, "PYTHONPATH": root, "FASTRNN_BACKEND": "numpy"},
     )
     assert result.returncode == 1
-    assert "fastrnn: error: File too large" in result.stderr
+    path = Path("fastrnn.safetensors").resolve()
+    assert f"fastrnn: error: File too large: {path}" in result.stderr
     assert "Traceback" not in result.stderr
     assert Path("fastrnn.safetensors").read_bytes() == before
     assert not list(Path.cwd().glob(".*.tmp"))
@@ -357,6 +359,26 @@ def test_bench(tmp_path: Path) -> None:
     wrong = run("bench", *quick, "--workload", "sorting")
     assert wrong.exit_code == 2
     assert "unknown workload 'sorting'" in wrong.output
+
+
+def test_bench_of_a_backend_that_cannot_run() -> None:
+    """A pattern that matches no device stands for a machine without one."""
+    process = spawn(
+        *("bench", "--backend", "cupy", "--peers", "none", "--rounds", "1", "--size", "tiny"),
+        env={"CUDA_VISIBLE_DEVICES": "-1"},
+    )
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "fastrnn: error: backend 'cupy' needs" in errors
+    assert "fastrnn cupy: missing" in output
+    assert "median" not in output
+
+
+def test_a_text_from_a_pipe() -> None:
+    process = spawn("train", "/dev/stdin", *SMALL, "--epochs", "1", stdin=subprocess.PIPE)
+    output, errors = process.communicate(TEXT, timeout=120)
+    assert process.returncode == 0, errors
+    assert f"/dev/stdin: {len(TEXT)} characters" in output
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["bench"], ["info"]])

@@ -99,6 +99,15 @@ def test_one_character(tmp_path: Path) -> None:
 # --- Errors ---
 
 
+def test_a_string_is_treated_as_a_file_is() -> None:
+    assert corpus_from_text("\ufeffab\n").vocab.chars == (" ", "a", "b")
+    for text in ("", "\ufeff"):
+        with pytest.raises(CorpusError, match="got an empty string"):
+            corpus_from_text(text)
+    with pytest.raises(ValueError, match="max_chars must be at least 1 or None, got -1"):
+        corpus_from_text("ab", max_chars=-1)
+
+
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such corpus"):
         load_corpus(tmp_path / "none.txt")

@@ -537,13 +537,13 @@ def test_wrong_shapes_say_what_was_expected(
         call("recurrence", a["z"], a["W_hh"], a["h0"][0])
     with pytest.raises(ValueError, match=r"z must have shape \(n >= 1, n >= 1, n >= 1\), got \(0,"):
         call("recurrence", a["z"][:0], a["W_hh"], a["h0"])
-    with pytest.raises(ValueError, match=r"b_h must have shape \(17\), got \(16,\)"):
+    with pytest.raises(ValueError, match=r"b_h must have shape \(17,\), got \(16,\)"):
         call("gather", a["W_xh"], a["x"], a["b_h"][:16])
     with pytest.raises(ValueError, match=r"tokens must have shape .*got \(3,\)"):
         call("gather", a["W_xh"], a["x"][0], a["b_h"])
     with pytest.raises(ValueError, match=r"W_hq must have shape \(17, n >= 1\), got \(16, 11\)"):
         call("project", a["z"], a["W_hq"][:16], a["b_q"])
-    with pytest.raises(ValueError, match=r"b_q must have shape \(11\), got \(10,\)"):
+    with pytest.raises(ValueError, match=r"b_q must have shape \(11,\), got \(10,\)"):
         call("project", a["z"], a["W_hq"], a["b_q"][:10])
     with pytest.raises(ValueError, match=r"targets must have shape \(6, 3\), got \(5, 3\)"):
         call("cross_entropy", a["z"], a["y"][:5])

@@ -287,6 +287,17 @@ def test_objects_that_are_not_arrays(arrays: dict[str, Any]) -> None:
         ops.recurrence(arrays["z"].astype(">f4"), arrays["W_hh"], arrays["h0"])
 
 
+def test_the_environment_chooses_the_cpu_backend(
+    arrays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRNN_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="unknown backend 'abacus'"):
+        ops.recurrence(arrays["z"], arrays["W_hh"], arrays["h0"])
+    for name in ("", "auto", "cupy", " numpy "):  # the arrays are not on a GPU
+        monkeypatch.setenv("FASTRNN_BACKEND", name)
+        ops.recurrence(arrays["z"], arrays["W_hh"], arrays["h0"])
+
+
 def test_many_threads_at_once(arrays: dict[str, Any]) -> None:
     want = call("recurrence_backward", arrays, np.array)
     wrong: list[str] = []

@@ -22,6 +22,10 @@ from llvmlite import ir
 from numba import types
 
 import fastrnn.decoding
+from fastrnn.backend import BackendUnavailableError
+
+if numba.config.DISABLE_JIT:
+    raise BackendUnavailableError("backend 'numba' is compiled code: unset NUMBA_DISABLE_JIT")
 
 # --- Compilation -------------------------------------------------------------------------------
 

@@ -177,7 +177,7 @@ def choose_contenders(
     known = {p.name: p for p in PEERS}
     if isinstance(peers, str):
         if peers not in ("installed", "all", "none"):
-            raise ValueError(f"peers must be 'installed', 'all', 'none' or names, got {peers!r}")
+            raise ValueError(f"peers must be 'installed', 'all' or 'none', got {peers!r}")
         names = [
             p.name
             for p in PEERS

@@ -141,7 +141,9 @@ class BenchResult:
             start = "–" if r.start_seconds is None else f"{r.start_seconds:.1f} s"
             spread = f"{format_seconds(r.low)} – {format_seconds(r.high)}"
             cells.append((r.label, format_seconds(r.seconds), spread, ratio, memory, start))
-        lines = [head, "", *markdown_table(cells)]
+        lines = [head]
+        if len(cells) > 1:
+            lines += ["", *markdown_table(cells)]
         absent = [r for r in rows if r.seconds is None]
         lines += [""] * bool(absent)
         lines += [f"- {r.label}: {r.status}: {r.reason}" for r in absent]

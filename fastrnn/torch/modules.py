@@ -16,7 +16,8 @@ class RNN(nn.RNNBase):  # type: ignore[misc]
 
         h_t = tanh(x_t weight_ihᵀ + bias_ih + h_{t-1} weight_hhᵀ + bias_hh)
 
-    With ``nonlinearity="relu"``, for which there is no fused kernel, torch's own code is run.
+    With ``nonlinearity="relu"``, for which there is no fused kernel, torch's own code is run. It
+    is no subclass of ``torch.nn.RNN``, because torch.compile refuses to trace those.
 
     Args:
         input_size, hidden_size: I and H. num_layers: L. nonlinearity: "tanh" or "relu".
