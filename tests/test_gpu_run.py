@@ -13,6 +13,7 @@ import pytest
 from benchmarks import gpu, gpu_parts
 from benchmarks.gpu import Part
 from benchmarks.op_cases import OPS
+from fastrnn.bench import BenchResult, Row
 from tests.emulator.require import require_emulator
 
 
@@ -138,3 +139,17 @@ def test_goals_are_judged_by_what_was_measured() -> None:
     assert "3 ×" in lines["largest error by plain float32's"]
     assert "missed" in lines["largest error by plain float32's"]
     assert "not measured" in lines["training step"]
+    assert "not measured" in lines["recurrence, cuDNN by ours, graphs"]
+
+    # Graph against graph: ours from the ops, cuDNN's from the peers.
+    names = {"cudnn": 200e-6, "cudnn-graph": 55e-6, "cupy": 50e-6}
+    peers = BenchResult(
+        machine={}, commit={}, date="", dims={},
+        rows=[
+            Row("recurrence", "headline", name, name, name == "cupy", "cuda", seconds=time)
+            for name, time in names.items()
+        ],
+    )  # fmt: skip
+    results["peers"] = {"bench": json.loads(peers.to_json())}
+    lines = {line.split("|")[1].strip(): line for line in gpu_parts.goals(results)}
+    assert "5 ×" in lines["recurrence, cuDNN by ours, graphs"]

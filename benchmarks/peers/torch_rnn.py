@@ -2,12 +2,13 @@
 
 The variant is words joined by ``-``: ``onehot`` (one-hot vectors into ``nn.RNN``) or ``gather``
 (an embedding into ``nn.RNN``, whose own input product is then one with the identity: ``nn.RNN``
-has no way round it), then ``cuda`` for a GPU and ``graph`` for a step replayed as a CUDA graph.
+has no way round it), then ``cuda`` for a GPU and ``graph`` for what is replayed as a CUDA graph.
 TF32 is off: every peer computes in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def wait(device: torch.device) -> None:
 
 def fixed(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def captured(call: Callable[[], None], undo: Callable[[], None] = lambda: None) -> Any:
+    """``call`` as a CUDA graph to replay; ``undo`` takes back what warming up has changed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    undo()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 class Model(nn.Module):
@@ -112,29 +128,27 @@ class Step:
 
     def graphed(self) -> Any:
         """The same step captured once; the warm-up's changes are undone."""
-        x, y, h = self.X[0].clone(), self.Y[0].clone(), self.h.clone()
-        before = [p.detach().clone() for p in self.params]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step(x, y)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.no_grad():
-            for p, old in zip(self.params, before, strict=True):
-                p.copy_(old)
-        self.h = h
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        x, y, h = self.X[0].clone(), self.Y[0].clone(), self.h
+        before = [p.detach().clone() for p in (*self.params, h)]
+
+        def call() -> None:
             self.step(x, y)
             h.copy_(self.h)
 
-        def replay(x_new: torch.Tensor, y_new: torch.Tensor) -> None:
+        def undo() -> None:
+            with torch.no_grad():
+                for p, old in zip((*self.params, h), before, strict=True):
+                    p.copy_(old)
+            self.h = h
+
+        replay = captured(call, undo)
+
+        def train(x_new: torch.Tensor, y_new: torch.Tensor) -> None:
             x.copy_(x_new)
             y.copy_(y_new)
-            graph.replay()
+            replay()
 
-        return replay
+        return train
 
     def run(self, n: int) -> None:
         for _ in range(n):
@@ -163,6 +177,14 @@ class Recurrence:
         self.rnn = self.layer(H, H, bias=False).to(self.device)
         self.rnn.weight_ih_l0 = fixed(torch.eye(H, device=self.device))
         self.rnn.weight_hh_l0 = nn.Parameter(self.args["W_hh"].T.contiguous())
+        self.rnn.flatten_parameters()  # or cuDNN copies them together in every call
+        for leaf in self.leaves():
+            leaf.requires_grad_()
+        self.call = captured(self.once) if "graph" in words else self.once
+
+    def leaves(self) -> list[torch.Tensor]:
+        """What is differentiated by."""
+        return []
 
     def forward(self) -> Any:
         return self.rnn(self.args["z"], self.args["h0"][None])[0]
@@ -173,7 +195,7 @@ class Recurrence:
 
     def run(self, n: int) -> None:
         for _ in range(n):
-            self.once()
+            self.call()
         wait(self.device)
 
     def result(self) -> dict[str, Any]:
@@ -182,11 +204,6 @@ class Recurrence:
 
 class RecurrenceBPTT(Recurrence):
     """With autograd's backward pass."""
-
-    def __init__(self, problem: dict[str, Any], variant: str) -> None:
-        super().__init__(problem, variant)
-        for name in ("z", "h0"):
-            self.args[name].requires_grad_()
 
     def leaves(self) -> list[torch.Tensor]:
         return [self.args["z"], self.rnn.weight_hh_l0, self.args["h0"]]

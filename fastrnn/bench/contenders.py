@@ -98,7 +98,7 @@ PEERS = (
         "torch nn.RNN (cuDNN), gather, CUDA graph",
         "torch_rnn",
         "gather-cuda-graph",
-        ("step",),
+        _RNN,
         "cuda",
     ),
     Contender(
