@@ -158,28 +158,16 @@ def project(tid, nt, sync, h, W_hq, b_q, logits, h_panels, packed, bias, scratch
     p0, p1 = share(panels(V, size), tid, nt)
     pack(like, size, 0, H, V, address(W_hq), V, address(packed), H, 0, p0, p1)
     pad(b_q, bias, p0, p1)
+    W, rows = 2 * VECTOR_BYTES // size, R | 1
     p0, p1 = share(panels(H, size), tid, nt)
-    pack(like, size, 0, R, H, address(h), H, address(h_panels), R, 0, p0, p1)
+    pack(like, size, 0, R, H, address(h), H, address(h_panels), rows, 0, p0, p1)
     barrier(tid, nt, sync)
-    _by_blocks(
-        like, size, R, H, V, address(h_panels), address(packed), address(bias), address(logits),
-        address(scratch[tid]), tid, nt,
+    r0, r1 = share(R, tid, nt)
+    multiply_rows(
+        like, size, r0, r1, H, V, address(h_panels), rows * W, address(packed), address(bias),
+        address(logits), address(scratch[tid]),
     )  # fmt: skip
     barrier(tid, nt, sync)
-
-
-@jit
-def _by_blocks(like, size, R, K, N, A, packed, bias, C, tile, tid, nt):
-    """:func:`multiply_rows` for a thread's share of R rows, blocks of them at a time."""
-    W = 2 * VECTOR_BYTES // size
-    first, last = share(tiles(R), tid, nt)
-    blocks = (last - first + 17) // 18
-    for i in range(blocks):
-        j0, j1 = first + (last - first) * i // blocks, first + (last - first) * (i + 1) // blocks
-        multiply_rows(
-            like, size, R * j0 // tiles(R), R * j1 // tiles(R), K, N, A, R * W, packed, bias, C,
-            tile,
-        )  # fmt: skip
 
 
 @jit
@@ -190,17 +178,20 @@ def project_backward(
         return
     size, like = W_hq.itemsize, W_hq.dtype.type(0)
     R, (H, V) = len(h), W_hq.shape
-    W = 2 * VECTOR_BYTES // size
+    W, rows = 2 * VECTOR_BYTES // size, R | 1
     h_at, dlogits_at, tile = address(h_panels), address(dlogits_panels), address(scratch[tid])
     p0, p1 = share(panels(H, size), tid, nt)
-    pack(like, size, 0, R, H, address(h), H, h_at, R, 0, p0, p1)
+    pack(like, size, 0, R, H, address(h), H, h_at, rows, 0, p0, p1)
     p0, p1 = share(panels(V, size), tid, nt)
     pack(like, size, 0, H, V, address(W_hq), V, 0, H, address(packed), p0, p1)
-    pack(like, size, 0, R, V, address(dlogits), V, dlogits_at, R, 0, p0, p1)
+    pack(like, size, 0, R, V, address(dlogits), V, dlogits_at, rows, 0, p0, p1)
     barrier(tid, nt, sync)
-    _by_blocks(like, size, R, V, H, dlogits_at, address(packed), 0, address(dh), tile, tid, nt)
+    r0, r1 = share(R, tid, nt)
+    multiply_rows(
+        like, size, r0, r1, V, H, dlogits_at, rows * W, address(packed), 0, address(dh), tile
+    )
     outer(
-        like, size, 1, R, -1, H, V, h_at, R * W, dlogits_at, R * W, address(dW_hq), False,
+        like, size, 1, R, -1, H, V, h_at, rows * W, dlogits_at, rows * W, address(dW_hq), False,
         address(db_q), 0, tile, tid, nt,
     )  # fmt: skip
     barrier(tid, nt, sync)

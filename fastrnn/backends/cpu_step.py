@@ -78,7 +78,7 @@ def run_steps(
     v0, v1 = min(V, vp0 * W), min(V, vp1 * W)
     h_panel, panel = h_rows * W, rows * W
     h_at, dz_at, logits_at = address(h), address(dz), address(logits)
-    tile, stats = address(scratch[tid]), scratch[tid, max(W, MR) * W :]
+    tile, stats = address(scratch[tid]), scratch[tid, SPAN * W :]
     # Where the sums of squares of each gradient's blocks lie.
     of_hh = V_panels * (H_panels + 1)
     of_xh = of_hh + H_panels * (H_panels + 1)

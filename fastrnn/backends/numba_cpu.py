@@ -158,7 +158,7 @@ class NumbaBackend(Backend):
         T, B, H = h.shape
         V = len(b_q)
         logits = np.empty((T, B, V), h.dtype) if out is None else out
-        with self._work((T * B, H), (H, V), (1, V), dtype=h.dtype) as work:
+        with self._work((T * B | 1, H), (H, V), (1, V), dtype=h.dtype) as work:
             self._run(
                 2 * T * B * H * V,
                 ops.project,
@@ -181,7 +181,7 @@ class NumbaBackend(Backend):
         T, B, H = h.shape
         V = W_hq.shape[1]
         dh, dW_hq, db_q = out or (np.empty_like(h), np.empty_like(W_hq), np.empty(V, h.dtype))
-        with self._work((T * B, H), (T * B, V), (V, H), dtype=h.dtype) as work:
+        with self._work((T * B | 1, H), (T * B | 1, V), (V, H), dtype=h.dtype) as work:
             self._run(
                 4 * T * B * H * V,
                 ops.project_backward,
@@ -416,9 +416,9 @@ class NumbaBackend(Backend):
             self._spare[key] = arrays
 
     def _scratch(self, dtype: Any) -> Array:
-        """Of each thread: a square of a panel's width or a tile, and three numbers a tile's row."""
+        """Of each thread: SPAN rows of a panel, and three numbers a tile's row."""
         W = panel_width(dtype)
-        columns = -(-(max(W, MR) * W + 3 * MR) // W) * W
+        columns = -(-(SPAN * W + 3 * MR) // W) * W
         return _Memory(_bytes((self._team.size, columns), dtype)).take(
             (self._team.size, columns), dtype
         )
