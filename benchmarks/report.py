@@ -158,6 +158,22 @@ def readme_block(result: BenchResult, picture: str) -> str:
     return "\n".join(lines)
 
 
+def other_machine(result: BenchResult, link: str) -> str:
+    """A line on the headline step of another machine: ours, and every peer's time by ours."""
+    ours = result.find("step", "headline", "numba")
+    if ours is None or ours.seconds is None:
+        return ""
+    peers = [
+        f"{r.label} {paired_ratio(r.rounds, ours.rounds)[0]:.1f}"
+        for r in result.select("step", "headline")
+        if not r.ours and r.seconds is not None
+    ]
+    return (
+        f"On [{result.machine['cpu']}, {result.machine['cores']} cores]({link}) the step takes "
+        f"{format_seconds(ours.seconds)}; × ours: {'; '.join(peers)}."
+    )
+
+
 def update_readme(path: Path, block: str) -> None:
     """Replace what stands between the two marker lines.
 
@@ -474,7 +490,11 @@ def write(folder: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="*", help="default: all of benchmarks/results")
-    parser.add_argument("--readme", type=Path, help="file to put the first folder's table into")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        help="file to put the first folder's table into, and a line on each other one",
+    )
     options = parser.parse_args(arguments)
     folders = options.folders or sorted(p.parent for p in RESULTS.glob("*/peers.json"))
     if not folders:
@@ -482,11 +502,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for folder in folders:
         print(write(folder))
     if options.readme:
-        result = BenchResult.from_json((folders[0] / "peers.json").read_text())
-        picture = os.path.relpath(
-            folders[0].resolve() / "step.png", options.readme.resolve().parent
-        )
-        update_readme(options.readme, readme_block(result, picture))
+        first, *others = (BenchResult.from_json((f / "peers.json").read_text()) for f in folders)
+
+        def link(folder: Path, name: str) -> str:
+            return os.path.relpath(folder.resolve() / name, options.readme.resolve().parent)
+
+        block = readme_block(first, link(folders[0], "step.png"))
+        for folder, other in zip(folders[1:], others, strict=True):
+            block += "\n\n" + other_machine(other, link(folder, "report.md"))
+        update_readme(options.readme, block)
         print(options.readme)
     return 0
 

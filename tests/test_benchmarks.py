@@ -439,6 +439,9 @@ def test_the_readme_block(result: BenchResult, tmp_path: Path) -> None:
     assert re.search(r"forward and backward pass +\| +B=1 .*the jax-scan: 2.00 ms \| +2.00 ", text)
     assert "2026-01-02" in text
     assert "the torch-compile: missing" in text
+    other = report.other_machine(result, "there/report.md")
+    assert re.match(r"On \[.*\]\(there/report.md\) the step takes 11\.0 ms; × ours: ", other)
+    assert "jax-scan 1.5" in other
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="bench:begin"):
         report.update_readme(readme, "x")

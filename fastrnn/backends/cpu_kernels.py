@@ -7,8 +7,8 @@ functions do the arithmetic. The loops around them are here.
 time step and a sequence, ``t B + b``. ``like`` is a scalar of the arrays' type, ``size`` its bytes.
 
 **Caches.** What is read again soon stays in the first-level cache: the columns of weights that
-several rows meet (``DEPTH`` rows of a panel), and the rows that both sides of a sum over examples
-share (``SPAN``).
+several rows meet (``DEPTH`` panels' width of rows), and the rows that both sides of a sum over
+examples share (``SPAN``). What is read again for every panel stays in the second-level cache.
 
 **Threads.** Every function with ``tid, nt, sync`` is run by ``nt`` threads together: each does its
 share, and barriers separate the phases. The order of every sum is the same for any number of
