@@ -16,6 +16,7 @@ import numba
 import numpy as np
 import pytest
 
+import fastrnn
 from fastrnn.backend import Backend, Dims
 from fastrnn.backends import cpu_emitter, cpu_generate, cpu_step, cpu_vector, numba_cpu
 from fastrnn.backends.cpu_threads import Team, thread_count
@@ -305,6 +306,35 @@ def test_the_mark_changes_with_any_of_the_sources(
         monkeypatch.setattr(cpu_emitter, "__file__", str(tmp_path / "cpu_emitter.py"))
         assert cpu_emitter._stamp() != before, name
         monkeypatch.undo()
+
+
+def test_code_of_another_variant_is_not_taken_from_the_cache(tmp_path: Any) -> None:
+    """As where two processes fill the cache at once: an index that names the other's file."""
+    (tmp_path / "halves.py").write_text(
+        "from fastrnn.backends.cpu_emitter import jit\n\n\n@jit\ndef half(x):\n    return x / 2\n"
+    )
+    root = os.path.dirname(os.path.dirname(str(fastrnn.__file__)))
+    env = {**os.environ, "PYTHONPATH": root, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    code = (
+        "from halves import half\n"
+        "print(half(3), half(5.0), len(half.stats.cache_hits), len(half.stats.cache_misses))\n"
+    )
+
+    def run() -> str:
+        shown = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, check=True, cwd=tmp_path, env=env
+        )
+        return shown.stdout.decode().strip()
+
+    assert run() == "1.5 2.5 0 2"
+    assert run() == "1.5 2.5 2 0"
+    first, second = (tmp_path / "cache").rglob("*.nbc")
+    kept = first.read_bytes(), second.read_bytes()
+    first.write_bytes(kept[1])
+    second.write_bytes(kept[0])
+    assert run() == "1.5 2.5 0 2"
+    first.write_bytes(b"what another version wrote")
+    assert run() == "1.5 2.5 1 1"
 
 
 def test_without_a_place_for_the_cache_code_is_compiled_all_the_same(

@@ -59,9 +59,35 @@ def jit(function: Callable[..., Any]) -> Any:
     file = getattr(compiled._cache, "_cache_file", None)
     if file is not None and hasattr(file, "_source_stamp"):
         file._source_stamp = _STAMP
+        _name_what_is_kept(file)
     else:  # A numba whose cache cannot be told apart: rather compile anew than run stale code.
         compiled._cache.disable()
     return compiled
+
+
+def _name_what_is_kept(file: Any) -> None:
+    """Let a cache file say what it holds, and take it for nothing else.
+
+    numba numbers the files of a function's variants and writes the index first: a process that
+    starts beside another one can find a number whose file still holds another variant, or older
+    code, and would run it.
+    """
+    save, load = file.save, file.load
+
+    def name(key: Any) -> tuple[str, ...]:
+        return "fastrnn", _STAMP, numba.__version__, repr(key)
+
+    def save_named(key: Any, data: Any) -> None:
+        save(key, (name(key), data))
+
+    def load_named(key: Any) -> Any:
+        try:
+            label, data = load(key)
+        except Exception:  # nothing is there, or what another version of numba wrote
+            return None
+        return data if label == name(key) else None
+
+    file.save, file.load = save_named, load_named
 
 
 # --- The machine -------------------------------------------------------------------------------
