@@ -48,13 +48,10 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if error.filename is None:  # as of a full disk
+        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
             raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:

@@ -73,6 +73,20 @@ def test_any_number_of_threads_gives_the_same_bits(shape: Any, dtype: Any) -> No
         all_equal(train(engine(threads), Inputs(T, B, H, V, dtype)), alone)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, 150])
+def test_products_of_few_rows_have_the_same_bits_for_any_number_of_threads(rows: int) -> None:
+    inputs = Inputs(rows, 1, 33, 40, np.float32)
+    h, dlogits, p = inputs.array(rows, 1, 33), inputs.array(rows, 1, 40), inputs.params()
+
+    def products(backend: NumbaBackend) -> list[Any]:
+        logits = backend.project(h, p["W_hq"], p["b_q"])
+        return [logits, *backend.project_backward(dlogits, h, p["W_hq"])]
+
+    alone = products(engine(1))
+    for threads in (2, 3, 5):
+        all_equal(products(engine(threads)), alone)
+
+
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.9, 9, 0.8, seed=3)], ids=str)
 @pytest.mark.parametrize("sequences", [1, 2, 7, 40])
 def test_any_number_of_threads_generates_the_same(sequences: int, decoding: Decoding) -> None:

@@ -71,6 +71,13 @@ def tiles(m):
 
 
 @jit
+def share_rows(m, tid, nt):
+    """A thread's part of m rows, in whole tiles: the order of a row's sum depends on its tile."""
+    first, last = share(tiles(m), tid, nt)
+    return m * first // tiles(m), m * last // tiles(m)
+
+
+@jit
 def by_columns(B, H, size, nt):
     """Whether the threads of a recurrence share the columns, and meet after every time step.
 
@@ -254,33 +261,21 @@ def multiply(like, size, R, i0, i1, K, N, A, a_panel, packed, bias, C, c_panel):
 def multiply_rows(like, size, r0, r1, K, N, A, a_panel, packed, bias, C, block):
     """``C = A · packed + bias`` for rows r0 … r1, C in rows. block: scratch of SPAN rows."""
     W = 2 * VECTOR_BYTES // size
-    depth, count = panels(K, size), tiles(r1 - r0)
-    parts = (depth + DEPTH - 1) // DEPTH
     # As many rows of A at a time as stay in the second-level cache.
-    most = max(48, min(SPAN, L2_BYTES // 2 // (K * size))) // MR
-    blocks = (count + most - 1) // most
+    most = max(48, min(SPAN, L2_BYTES // 2 // (K * size)))
+    blocks = (r1 - r0 + most - 1) // most
     for i in range(blocks):
-        j0, j1 = count * i // blocks, count * (i + 1) // blocks
-        first, last = r0 + (r1 - r0) * j0 // count, r0 + (r1 - r0) * j1 // count
+        r = r0 + (r1 - r0) * i // blocks
+        rows = r0 + (r1 - r0) * (i + 1) // blocks - r
         for p in range(panels(N, size)):
-            for part in range(parts):
-                k = depth * part // parts * W
-                left = min(K, depth * (part + 1) // parts * W) - k
-                end = first
-                for j in range(j0, j1):
-                    r, end = end, r0 + (r1 - r0) * (j + 1) // count
-                    out = block + (r - first) * W * size
-                    init, init_row = out, W
-                    if part == 0:
-                        init, init_row = 0, 0
-                        if bias != 0:
-                            init = bias + p * W * size
-                    tile_rows(
-                        like, end - r, A + (k // W * a_panel + r * W) * size, a_panel, left,
-                        packed + (p * K + k) * W * size, init, init_row, out,
-                    )  # fmt: skip
-            to = C + (first * N + p * W) * size
-            put(like, last - first, min(W, N - p * W), block, to, N, 0, 0)
+            n, here = min(W, N - p * W), 0
+            if bias != 0:
+                here = bias + p * W * size
+            multiply(
+                like, size, rows, 0, tiles(rows), K, n, A + r * W * size, a_panel,
+                packed + p * K * W * size, here, block, 0,
+            )  # fmt: skip
+            put(like, rows, n, block, C + (r * N + p * W) * size, N, 0, 0)
 
 
 @jit

@@ -21,8 +21,8 @@ from fastrnn.backends.cpu_kernels import (
     pad,
     panels,
     share,
+    share_rows,
     softmax,
-    tiles,
 )
 from fastrnn.backends.cpu_threads import barrier, begin
 from fastrnn.backends.cpu_vector import address, column_sums, scale_rows, scatter, squares, update
@@ -140,12 +140,8 @@ def recurrence_backward(
             )  # fmt: skip
         last = first
         barrier(tid, nt, sync)
-    first, last = share(tiles(B), tid, nt)
-    first, last = B * first // tiles(B), B * last // tiles(B)
-    if first < last:
-        multiply_rows(
-            like, size, first, last, H, H, dz_at, rows * W, address(packed), 0, address(dh0), tile
-        )
+    r0, r1 = share_rows(B, tid, nt)
+    multiply_rows(like, size, r0, r1, H, H, dz_at, rows * W, address(packed), 0, address(dh0), tile)
     barrier(tid, nt, sync)
 
 
@@ -162,7 +158,7 @@ def project(tid, nt, sync, h, W_hq, b_q, logits, h_panels, packed, bias, scratch
     p0, p1 = share(panels(H, size), tid, nt)
     pack(like, size, 0, R, H, address(h), H, address(h_panels), rows, 0, p0, p1)
     barrier(tid, nt, sync)
-    r0, r1 = share(R, tid, nt)
+    r0, r1 = share_rows(R, tid, nt)
     multiply_rows(
         like, size, r0, r1, H, V, address(h_panels), rows * W, address(packed), address(bias),
         address(logits), address(scratch[tid]),
@@ -186,7 +182,7 @@ def project_backward(
     pack(like, size, 0, H, V, address(W_hq), V, 0, H, address(packed), p0, p1)
     pack(like, size, 0, R, V, address(dlogits), V, dlogits_at, rows, 0, p0, p1)
     barrier(tid, nt, sync)
-    r0, r1 = share(R, tid, nt)
+    r0, r1 = share_rows(R, tid, nt)
     multiply_rows(
         like, size, r0, r1, V, H, dlogits_at, rows * W, address(packed), 0, address(dh), tile
     )
