@@ -25,6 +25,7 @@ from fastrnn.backends.cpu_emitter import L2_BYTES, MR, VECTOR_BYTES, jit
 from fastrnn.backends.cpu_threads import barrier
 from fastrnn.backends.cpu_vector import (
     address,
+    ask,
     column_sums,
     dtanh,
     exp_rows,
@@ -170,16 +171,18 @@ def forward(
                 base, step, r = b, B, t * B + b
                 if grouped:
                     base, step, r = b * slots, rows, b * T + t * rows
-                out = S + (p * s_panel + base + new * step) * W * size
-                tile_rows(
-                    like, rows, S + (base + old * step) * W * size, s_panel * W, H,
-                    packed + p * H * W * size, init, 0, out,
-                )  # fmt: skip
                 z, names, copy = Z + p * W * size, 0, 0
                 if tokens != 0:
                     names = tokens + r * 4
                 else:
                     z += r * z_row * size
+                # What follows the product comes from far; it arrives meanwhile.
+                ask(like, rows, z, z_row, names)
+                out = S + (p * s_panel + base + new * step) * W * size
+                tile_rows(
+                    like, rows, S + (base + old * step) * W * size, s_panel * W, H,
+                    packed + p * H * W * size, init, 0, out,
+                )  # fmt: skip
                 if D != 0:
                     copy = D + (r * d_row + p * W) * size
                 tanh(like, rows, min(W, H - p * W), out, z, z_row, names, out, W, copy, d_row)
@@ -213,6 +216,9 @@ def backward(
                 if grouped:
                     base, step, r = b * T, rows, b * T + t * rows
                     y = r + b + rows
+                dh, h = G + (p * g_panel + r * row) * size, Y + (p * y_panel + y * row) * size
+                ask(like, rows, dh, row, 0)
+                ask(like, rows, h, row, 0)
                 out = S + (p * s_panel + base + (t - first) * step) * W * size
                 tile_rows(
                     like, rows, S + (base + (t + 1 - first) * step) * W * size, s_panel * W, K,
@@ -222,8 +228,7 @@ def backward(
                 if D != 0:
                     copy = D + (r * row + p * W) * size
                 dtanh(
-                    like, rows, min(W, H - p * W), tile, G + (p * g_panel + r * row) * size, row,
-                    Y + (p * y_panel + y * row) * size, row, out, W, copy, row,
+                    like, rows, min(W, H - p * W), tile, dh, row, h, row, out, W, copy, row,
                 )  # fmt: skip
         if by_columns(B, H, size, nt):
             barrier(tid, nt, sync)

@@ -143,6 +143,23 @@ def _row_numbers(e: Emitter, rows: Any) -> Callable[[Any], Any]:
     return number
 
 
+@once("ask", "ipit")
+def _emit_ask(e: Emitter, arguments: Any) -> None:
+    """Ask for m rows of a panel's width, before they are read; TOKENS as in ``_emit_tanh``.
+
+    Arguments: m, Z, elements between its rows, TOKENS.
+    """
+    m, Z, z_row, tokens = arguments
+    number = _row_numbers(e, tokens)
+
+    def row(i: Any) -> None:
+        z = e.at(Z, e.b.mul(number(i), z_row))
+        for j in range(0, e.W, CACHE_LINE * 8 // e.bits):
+            e.prefetch(e.at(z, j))
+
+    e.loop(integer(0), m, 1, row)
+
+
 @once("tanh", "iippitpipi")
 def _emit_tanh(e: Emitter, arguments: Any) -> None:
     """``C = tanh(P + Z)`` for m rows and n columns; where D is given, D = C as well.
@@ -549,6 +566,7 @@ def _callable(emit: Callable[..., Any], arguments: str, *variant: Any) -> Any:
 
 _tile_rows = _callable(_emit_tiles, "ipiippip", False)
 _tile_columns = _callable(_emit_tiles, "ipiippip", True)
+_ask = _callable(_emit_ask, "ipit")
 _tanh = _callable(_emit_tanh, "iippitpipi")
 _dtanh = _callable(_emit_dtanh, "iippipipipi")
 _put = _callable(_emit_put, "iippiid")
@@ -574,6 +592,11 @@ def tile_rows(like, rows, A, a_panel, K, B, init, init_row, out):
 @jit
 def tile_columns(like, rows, A, K, B, init, init_row, out):
     _tile_columns(like, rows, A, 0, K, B, init, init_row, out)
+
+
+@jit
+def ask(like, m, Z, z_row, tokens):
+    _ask(like, m, Z, z_row, tokens)
 
 
 @jit
