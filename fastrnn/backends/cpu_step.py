@@ -26,11 +26,29 @@ from fastrnn.backends.cpu_kernels import (
     softmax,
     tiles,
 )
-from fastrnn.backends.cpu_threads import barrier, begin
+from fastrnn.backends.cpu_threads import (
+    barrier,
+    begin,
+    finish,
+    finished,
+    is_finished,
+    shares,
+    take,
+)
 from fastrnn.backends.cpu_vector import address, scatter, squares, update
 
-BLOCK_BYTES = 640 * 1024
-"""Logits that are taken through the loss at a time, where that is between 48 and 144 rows."""
+BLOCK_BYTES = 320 * 1024
+"""Logits that are taken through the loss at a time, where that is between 48 and 72 rows."""
+
+
+def blocks_of_a_group(T: int, B: int, V: int, size: int, threads: int) -> int:
+    """In how many blocks the examples of a group of sequences are taken through the loss."""
+    groups = -(-B // MR)
+    group_tiles = -(-T * -(-B // groups) // MR)
+    block = max(48, min(72, BLOCK_BYTES // (V * size))) // MR
+    # Some for each thread, where there are few.
+    wanted = max(-(-group_tiles // block), -(-2 * threads // groups))
+    return min(group_tiles, wanted)
 
 
 @jit
@@ -53,16 +71,17 @@ def _characters(x, mark, seen, rows):
 def run_steps(
     tid, nt, sync, tokens, starts, T, train, carry, lr, max_norm, W_xh, W_hh, b_h, W_hq, b_q,
     dW_xh, dW_hh, db_h, dW_hq, db_q, x, y, h0, h, dz, logits, packed_hh, packed_hh_t, packed_hq,
-    packed_hq_t, bias_h, bias_q, h_rows, rows, scratch, losses, partial, seen, used, counts, loss,
-    norm, totals
+    packed_hq_t, bias_h, bias_q, h_rows, rows, scratch, losses, partial, seen, used, counts, blocks,
+    parts, loss, norm, totals
 ):  # fmt: skip
     """``len(starts)`` training steps, or the same without gradients and update.
 
     h, dz, logits: panels of ``h_rows`` (h) and ``rows`` rows; h has B rows more, for h0. scratch:
     ``[nt, …]``, of each thread. used, counts: the characters of the last batch and of this one,
-    taking turns, and the number of steps so far: only their rows of dW_xh are not zero. Without
-    ``train`` the sum of the losses is added to ``totals[0]`` and nothing else changes but ``h0``
-    with ``carry``.
+    taking turns, and the number of steps so far: only their rows of dW_xh are not zero; last the
+    number of steps with or without training. blocks, parts: claims of the blocks of each group,
+    of the threads that have their states, and of the parts of dW_hh. Without ``train`` the sum of
+    the losses is added to ``totals[0]`` and nothing else changes but ``h0`` with ``carry``.
     """
     if not begin(tid, nt, sync):
         return
@@ -83,22 +102,16 @@ def run_steps(
     of_hh = V_panels * (H_panels + 1)
     of_xh = of_hh + H_panels * (H_panels + 1)
     squares_at = address(partial)
-    # A thread's tiles of the examples: those of its sequences, or a share of all.
     groups = tiles(B)
     g0, g1, _, _ = recurrent_share(B, H, size, tid, nt)
     shared = by_columns(B, H, size, nt)
-    i0, i1, total_tiles = 0, 0, 0
-    for g in range(groups):
-        if g == g0:
-            i0 = total_tiles
-        total_tiles += tiles(T * (B * (g + 1) // groups - B * g // groups))
-        if g == g1 - 1:
-            i1 = total_tiles
+    # Blocks of examples: a thread first takes those of its sequences, or its share of all.
+    per_group = shares(blocks[0])
+    k0, k1 = g0 * per_group, g1 * per_group
     if shared:
-        i0, i1 = share(total_tiles, tid, nt)
-    block = max(48, min(SPAN, BLOCK_BYTES // (V * size))) // MR
+        k0, k1 = share(groups * per_group, tid, nt)
     for step in range(len(starts)):
-        mark = counts[2] + 1
+        mark, phase = counts[2] + 1, counts[3] + 1
         old = mark & 1
         # Weights into panels; the batch; the first state.
         if step == 0 or train:
@@ -129,28 +142,40 @@ def run_steps(
                     x[b * T + t * height + i] = tokens[at]
                     y[b * T + t * height + i] = tokens[at + 1]
         barrier(tid, nt, sync)
-        if tid == 0 and train:
-            counts[2] = mark
-            counts[1 - old] = _characters(x, mark, seen, used[1 - old])
+        if tid == 0:
+            counts[3] = phase
+            if train:
+                counts[2] = mark
+                counts[1 - old] = _characters(x, mark, seen, used[1 - old])
         forward(
             like, size, T, B, H, address(packed_hh), address(bias_h), h_at, h_rows, T + 1, True,
             address(W_xh), H, address(x), 0, 0, tid, nt, sync,
         )  # fmt: skip
-        # Logits, loss, dlogits and dh of a block of rows while they are in the cache.
-        before = 0
-        for g in range(groups):
-            b = B * g // groups
-            height = B * (g + 1) // groups - b
-            # Rows of this group in dz and logits; in h they come after those of h0.
-            r, R_g = b * T, T * height
-            count = tiles(R_g)
-            c0, c1 = max(i0 - before, 0), min(i1 - before, count)
-            before += count
-            blocks = (max(0, c1 - c0) + block - 1) // block
-            h_g = h_at + (r + b + height) * W * size
-            logits_g, dz_g = logits_at + r * W * size, dz_at + r * W * size
-            for i in range(blocks):
-                a0, a1 = c0 + (c1 - c0) * i // blocks, c0 + (c1 - c0) * (i + 1) // blocks
+        finish(tid, phase, parts[0])
+        # Logits, loss, dlogits and dh of a block of rows while they are in the cache: first of the
+        # own blocks, then of those that others have not come to.
+        for turn in range(nt):
+            other = (tid + turn) % nt
+            first, last = k0, k1
+            if turn > 0:
+                if not is_finished(other, phase, parts[0]):
+                    continue
+                o0, o1, _, _ = recurrent_share(B, H, size, other, nt)
+                first, last = o0 * per_group, o1 * per_group
+                if shared:
+                    first, last = share(groups * per_group, other, nt)
+            for k in range(first, last):
+                g, i = k // per_group, k % per_group
+                if not take(i, phase, blocks[g]):
+                    continue
+                b = B * g // groups
+                height = B * (g + 1) // groups - b
+                # Rows of this group in dz and logits; in h they come after those of h0.
+                r, R_g = b * T, T * height
+                count = tiles(R_g)
+                a0, a1 = count * i // per_group, count * (i + 1) // per_group
+                h_g = h_at + (r + b + height) * W * size
+                logits_g, dz_g = logits_at + r * W * size, dz_at + r * W * size
                 multiply(
                     like, size, R_g, a0, a1, H, V, h_g, h_panel, address(packed_hq),
                     address(bias_q), logits_g, panel,
@@ -164,9 +189,10 @@ def run_steps(
                         like, size, R_g, a0, a1, V, H, logits_g, panel, address(packed_hq_t), 0,
                         dz_g, panel,
                     )  # fmt: skip
+                finish(i, phase, blocks[g])
+        for g in range(g0, g1):
+            finished(phase, per_group, blocks[g])
         if train:
-            if shared:
-                barrier(tid, nt, sync)
             backward(
                 like, size, 0, T, False, T, B, H, address(packed_hh_t), dz_at, h_at, dz_at, True,
                 panel, h_panel, rows, W, 0, tile, tid, nt, sync,
@@ -184,10 +210,6 @@ def run_steps(
                 like, size, T, B, 1, H, V, h_at, h_panel, logits_at, panel, address(dW_hq), False,
                 address(db_q), squares_at, tile, tid, nt,
             )  # fmt: skip
-            outer(
-                like, size, T, B, 0, H, H, h_at, h_panel, dz_at, panel, address(dW_hh), False,
-                address(db_h), squares_at + of_hh * 8, tile, tid, nt,
-            )  # fmt: skip
             # The rows of W_xh: only those of the batch's characters have a gradient.
             names = address(used[1 - old])
             for i in range(counts[old]):
@@ -200,6 +222,15 @@ def run_steps(
             for p in range(hp0, hp1):
                 n, at = min(W, H - p * W), address(dW_xh) + p * W * size
                 squares(like, count, n, names, at, H, squares_at + (of_xh + p) * 8)
+            # Last what is in small parts, for whoever is there.
+            units = shares(parts[1])
+            for i in range(units):
+                if take(i, mark, parts[1]):
+                    outer(
+                        like, size, T, B, 0, H, H, h_at, h_panel, dz_at, panel, address(dW_hh),
+                        False, address(db_h), squares_at + of_hh * 8, tile, i, units,
+                    )  # fmt: skip
+                    finish(i, mark, parts[1])
             barrier(tid, nt, sync)
             total = 0.0
             for i in range(len(partial)):

@@ -150,6 +150,12 @@ def claims(rows: int, shares: int) -> NDArray[np.int64]:
 
 
 @jit
+def shares(claims):
+    """How many shares a row of claims has."""
+    return len(claims) // (2 * _LINE) - 1
+
+
+@jit
 def take(share, phase, claims):
     """Whether the share of this phase is now the caller's; the phase before must be finished."""
     at = 2 * _LINE * share
@@ -159,6 +165,11 @@ def take(share, phase, claims):
 @jit
 def finish(share, phase, claims):
     _write(address(claims), 2 * _LINE * share + _LINE, phase)
+
+
+@jit
+def is_finished(share, phase, claims):
+    return _read(address(claims), 2 * _LINE * share + _LINE) >= phase
 
 
 @jit

@@ -23,7 +23,7 @@ from fastrnn.backends import cpu_ops as ops
 from fastrnn.backends.cpu_emitter import MR, VECTOR_BYTES, panel_width
 from fastrnn.backends.cpu_generate import generate
 from fastrnn.backends.cpu_kernels import SPAN
-from fastrnn.backends.cpu_step import run_steps
+from fastrnn.backends.cpu_step import blocks_of_a_group, run_steps
 from fastrnn.backends.cpu_threads import Team, claims, thread_count
 from fastrnn.decoding import Decoding
 
@@ -342,7 +342,11 @@ class NumbaBackend(Backend):
                 "partial": np.empty(blocks),
                 "seen": np.zeros(V, np.int64),
                 "used": np.zeros((2, min(V, T * B)), np.int32),
-                "counts": np.zeros(3, np.int64),
+                "counts": np.zeros(4, np.int64),
+                "blocks": claims(
+                    -(-B // MR), blocks_of_a_group(T, B, V, dtype.itemsize, self._team.size)
+                ),
+                "parts": claims(2, 1 if self._team.size == 1 else 4 * self._team.size),
             },
         )
 
