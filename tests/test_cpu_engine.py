@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,10 @@ import pytest
 import fastrnn
 from fastrnn.backend import Backend, Dims
 from fastrnn.backends import cpu_emitter, cpu_generate, cpu_step, cpu_vector, numba_cpu
+from fastrnn.backends.cpu_generate import BINS, _choose
 from fastrnn.backends.cpu_threads import Team, thread_count
 from fastrnn.backends.numba_cpu import NumbaBackend
-from fastrnn.decoding import Decoding
+from fastrnn.decoding import Decoding, choose
 from tests.conftest import Inputs
 
 HOST: dict[str, bool] = dict(llvm.get_host_cpu_features())
@@ -96,6 +98,41 @@ def test_any_number_of_threads_generates_the_same(sequences: int, decoding: Deco
     alone = continued(engine(1), inputs(), sequences, decoding)
     for threads in (2, 3):
         all_equal(continued(engine(threads), inputs(), sequences, decoding), alone)
+
+
+LOGITS: dict[str, Callable[[np.random.Generator], Any]] = {
+    "normal": lambda rng: rng.normal(size=300) * 4,
+    "ties": lambda rng: rng.integers(-3, 3, 300),
+    "all equal": lambda rng: np.zeros(64),
+    "far apart": lambda rng: rng.normal(size=300) * 1e4,
+    "one far below": lambda rng: np.r_[rng.normal(size=99) * 1e-3, -1e30],
+    "close": lambda rng: 7 + rng.normal(size=300) * 1e-9,
+    "not all possible": lambda rng: np.where(rng.random(300) < 0.9, -np.inf, rng.normal(size=300)),
+    "one": lambda rng: np.ones(1),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 50.0])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_tokens_are_chosen_without_sorting_all_as_by_definition(
+    kind: str, temperature: float
+) -> None:
+    rng = np.random.default_rng(5)
+    for top_k, top_p in ((0, 1.0), (1, 1.0), (7, 1.0), (60, 1.0), (0, 0.3), (0, 0.95), (12, 0.8)):
+        for u in (1e-7, 0.1, 0.63, 1 - 2.0**-24):
+            logits = LOGITS[kind](rng).astype(np.float32)
+            V = len(logits)
+            scores = (logits.astype(np.float64) - np.float64(logits.max())) / temperature
+            scratch = np.full(V + 2, np.nan), np.full((3, V), -1), np.full(BINS, np.nan)
+            got = _choose(V, scores, *scratch, top_k, top_p, u)
+            want = choose(logits, Decoding(temperature=temperature, top_k=top_k, top_p=top_p), u)
+            assert got == want, (top_k, top_p, u)
+
+
+def test_a_token_is_chosen_from_logits_that_are_not_numbers() -> None:
+    for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.5), (3, 0.5)):
+        scratch = np.empty(7), np.empty((3, 5), np.int64), np.empty(BINS)
+        assert 0 <= _choose(5, np.full(5, np.nan), *scratch, top_k, top_p, 0.5) < 5
 
 
 class LateTeam(Team):

@@ -11,6 +11,9 @@ from fastrnn.backends.cpu_threads import barrier, begin, finish, finished, take
 from fastrnn.backends.cpu_vector import address, arg_max, exp_rows, tanh, tile_rows
 from fastrnn.decoding import PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
 
+BINS = 512
+"""Of scores, to find the largest ones without sorting all."""
+
 
 @jit
 def uniform(seed, sequence, position):
@@ -30,45 +33,96 @@ def uniform(seed, sequence, position):
 
 
 @jit
-def _choose(V, weights, top_k, top_p, u):
+def _weigh(n, scores, weights):
+    """``weights = exp(scores)`` for n scores <= 0, and their sum; weights has room for two more."""
+    weights[n] = 0.0
+    W = 2 * VECTOR_BYTES // 8
+    x, out = address(scores), address(weights)
+    exp_rows(weights[n], 1, n, x, W, 0, out, W, 0, out + n * 8, out + (n + 1) * 8)
+    return weights[n + 1]
+
+
+@jit
+def _keep_leading(n, tokens, scores, weights, goal, bins, bin_of, edge):
+    """Keep of n tokens, in ascending order, those with the largest scores; how many.
+
+    As many as it takes for their weights, or where weights is empty their number, to come to
+    ``goal``; ties go to the lowest token. Only the bin where that happens is sorted.
+    """
+    lowest = 0.0
+    for i in range(n):
+        lowest = min(lowest, scores[tokens[i]])
+    last = len(bins) - 1
+    scale = last / max(min(-lowest, 64.0), 1e-300)
+    bins[:] = 0.0
+    for i in range(n):
+        v = tokens[i]
+        depth = -scores[v] * scale
+        b = int(depth) if depth < last else last  # NaN: last
+        bin_of[i] = b
+        bins[b] += weights[v] if len(weights) > 0 else 1.0
+    there, b = 0.0, 0
+    while b < last and there + bins[b] < goal:
+        there += bins[b]
+        b += 1
+    m = 0
+    for i in range(n):
+        if bin_of[i] == b:
+            edge[m] = i
+            m += 1
+    keys = np.empty(m)
+    for i in range(m):
+        keys[i] = -scores[tokens[edge[i]]]
+    for i in np.argsort(keys, kind="mergesort"):  # stable: ties to the lowest token
+        if there >= goal:
+            break
+        there += weights[tokens[edge[i]]] if len(weights) > 0 else 1.0
+        bin_of[edge[i]] = -1
+    kept = 0
+    for i in range(n):
+        if bin_of[i] < b:
+            tokens[kept] = tokens[i]
+            kept += 1
+    return kept
+
+
+@jit
+def _choose(V, scores, weights, tokens, bins, top_k, top_p, u):
     """:func:`fastrnn.decoding.choose` for a temperature above zero.
 
-    weights: float64, V scores ``(logit - max) / temperature``, and scratch for two more.
+    scores: float64, ``(logit - max) / temperature``. weights ``[V + 2]``, tokens ``[3, V]``, bins:
+    scratch.
     """
-    order = np.empty(0, np.int64)
-    if 0 < top_k < V or top_p < 1.0:
-        order = np.argsort(-weights[:V], kind="mergesort")  # stable: ties to the lowest index
-    weights[V] = 0.0
-    at, W = address(weights), 2 * VECTOR_BYTES // 8
-    exp_rows(weights[V], 1, V, at, W, 0, at, W, 0, at + V * 8, at + (V + 1) * 8)
-    total = weights[V + 1]
-    if len(order) > 0:
-        kept = V
+    kept, candidates = V, tokens[0]
+    narrowed = 0 < top_k < V or top_p < 1.0
+    if narrowed:
+        for v in range(V):
+            candidates[v] = v
         if 0 < top_k < V:
-            kept = top_k
+            kept = _keep_leading(
+                V, candidates, scores, weights[:0], float(top_k), bins, tokens[1], tokens[2]
+            )
         if top_p < 1.0:
+            _weigh(V, scores, weights)
             total = 0.0
             for i in range(kept):
-                total += weights[order[i]]
-            enough, mass = top_p * total, 0.0
-            for i in range(kept):
-                mass += weights[order[i]]
-                if mass >= enough:
-                    kept = i + 1
-                    break
-        for i in range(kept, V):
-            weights[order[i]] = 0.0
-        total = 0.0
-        for v in range(V):
-            total += weights[v]
+                total += weights[candidates[i]]
+            kept = _keep_leading(
+                kept, candidates, scores, weights, top_p * total, bins, tokens[1], tokens[2]
+            )
+        for i in range(kept):
+            weights[i] = scores[candidates[i]]
+        total = _weigh(kept, weights, weights)
+    else:
+        total = _weigh(V, scores, weights)
     threshold, mass, last = u * total, 0.0, 0
-    for v in range(V):
-        mass += weights[v]
-        if weights[v] > 0.0:
-            last = v
+    for i in range(kept):
+        mass += weights[i]
+        if weights[i] > 0.0:
+            last = i
             if mass > threshold:
-                return v
-    return last
+                break
+    return candidates[last] if narrowed else last
 
 
 @jit
@@ -141,13 +195,14 @@ def _best(s, parts, top):
 def generate(
     tid, nt, sync, W_xh, W_hh, b_h, W_hq, b_q, prefix, lengths, h, temperature, top_k, top_p,
     seed, sequence, position, tokens, packed_hh, packed_hq, bias_h, bias_q, states, logits,
-    weights, fed, best, where, claims
+    scores, weights, chosen, bins, fed, best, where,
+    claims
 ):  # fmt: skip
     """Continue S sequences; h ``[S, H]`` is the state before and after.
 
-    states: panels of 2 S rows; logits: panels of S rows. Of each thread: weights ``[nt, V + 2]``,
-    fed ``[nt, S]``. Of each part of the vocabulary: best, where ``[nt, nt, S]``. claims: of each
-    crew, and of the packing.
+    states: panels of 2 S rows; logits: panels of S rows. Of each thread: scores ``[nt, V]``,
+    weights ``[nt, V + 2]``, chosen ``[nt, 3, V]``, bins ``[nt, BINS]``, fed ``[nt, S]``. Of each
+    part of the vocabulary: best, where ``[nt, nt, S]``. claims: of each crew, and of the packing.
 
     With few sequences all threads are one crew: each has a part of the columns, and none waits for
     a thread that is late. Otherwise a thread is a crew of its own, with a share of the sequences.
@@ -224,13 +279,15 @@ def generate(
                 continue
             first, last = share(s1 - s0, part, parts)
             for s in range(s0 + first, s0 + last):
-                largest, scores = np.float64(top[_best(s, parts, top), s]), weights[tid]
+                largest, mine = np.float64(top[_best(s, parts, top), s]), scores[tid]
                 for p in range(V_panels):
                     for j in range(min(W, V - p * W)):
                         score = np.float64(logits[(p * S + s) * W + j]) - largest
-                        scores[p * W + j] = score / temperature
+                        mine[p * W + j] = score / temperature
                 u = uniform(seed, sequence + s, position + step)
-                tokens[s, step] = _choose(V, scores, top_k, top_p, u)
+                tokens[s, step] = _choose(
+                    V, mine, weights[tid], chosen[tid], bins[tid], top_k, top_p, u
+                )
             finish(part, phase, phases)
         finished(phase, parts, phases)
     barrier(tid, nt, sync)

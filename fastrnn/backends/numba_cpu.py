@@ -21,7 +21,7 @@ import numpy as np
 from fastrnn.backend import Array, Backend, Dims, HostArray, Workspace
 from fastrnn.backends import cpu_ops as ops
 from fastrnn.backends.cpu_emitter import MR, VECTOR_BYTES, panel_width
-from fastrnn.backends.cpu_generate import generate
+from fastrnn.backends.cpu_generate import BINS, generate
 from fastrnn.backends.cpu_kernels import SPAN
 from fastrnn.backends.cpu_step import blocks_of_a_group, run_steps
 from fastrnn.backends.cpu_threads import Team, claims, thread_count
@@ -275,7 +275,10 @@ class NumbaBackend(Backend):
                 position,
                 tokens,
                 *work,
+                np.empty((threads, V)),
                 np.empty((threads, V + 2)),
+                np.empty((threads, 3, V), np.int64),
+                np.empty((threads, BINS)),
                 np.empty((threads, S), np.int32),
                 np.empty((threads, threads, S), dtype),
                 np.empty((threads, threads, S), np.int64),
