@@ -134,6 +134,18 @@ def panel_width(dtype: Any) -> int:
 
 # --- Writing LLVM functions --------------------------------------------------------------------
 
+# (expm1(r) - r) / r² for |r| <= ln 2 / 2, lowest power first: minimax polynomials (Remez), which
+# leave a relative error of exp of 4.5e-9 and 1.4e-17, a thirteenth and an eighth of half an ulp.
+_EXP_FLOAT: tuple[float, ...] = (
+    0.4999999403953552, 0.1666651964187622, 0.04166839271783829, 0.008368773385882378,
+    0.001381450449116528,
+)  # fmt: skip
+_EXP_DOUBLE: tuple[float, ...] = (
+    0.5000000000000008, 0.16666666666666635, 0.04166666666655642, 0.008333333333300356,
+    0.0013888888937630762, 0.00019841269986009305, 2.48014983339093e-05, 2.755713171834359e-06,
+    2.762869861735922e-07, 2.5147567295848877e-08,
+)  # fmt: skip
+
 I32, I64 = ir.IntType(32), ir.IntType(64)
 DOUBLE = ir.DoubleType()
 
@@ -332,28 +344,33 @@ class Emitter:
     def exp_parts(self, x: Any) -> tuple[Any, Any]:
         """``2ⁿ`` and ``expm1(r)`` with ``x = n ln 2 + r``, ``|r| <= ln 2 / 2``; x must be in range.
 
-        Cody and Waite's reduction and the Taylor polynomial up to less than half an ulp.
+        Cody and Waite's reduction, and ``expm1(r) = r + r² p(r)``.
         """
         if self.bits == 32:
-            magic, shift, one, degree = 1.5 * 2**23, 23, 0x3F800000, 7
+            shift, bias, p_of = 23, 127, _EXP_FLOAT
             high, low = 0.693359375, -2.12194440e-4
         else:
-            magic, shift, one, degree = 1.5 * 2**52, 52, 0x3FF0000000000000, 14
+            shift, bias, p_of = 52, 1023, _EXP_DOUBLE
             high, low = 6.93147180369123816490e-01, 1.90821492927058770002e-10
         b = self.b
-        # Adding 1.5·2^mantissa rounds to an integer and leaves it in the low bits of the sum. The
-        # fence keeps LLVM, which numba allows to reassociate, from taking it off again unrounded.
-        shifted = self.fma(x, self.splat(1 / math.log(2)), self.splat(magic))
+        # Adding 1.5·2^mantissa rounds to an integer and leaves it, here as the exponent of 2ⁿ, in
+        # the low bits of the sum. The fence keeps LLVM, which numba allows to reassociate, from
+        # taking it off again unrounded.
+        magic = self.splat(1.5 * 2**shift + bias)
+        shifted = self.fma(x, self.splat(1 / math.log(2)), magic)
         shifted = self.intrinsic(f"llvm.arithmetic.fence.{self.suffix}", self.vec, [shifted])
-        n = b.fsub(shifted, self.splat(magic))
+        n = b.fsub(shifted, magic)
         r = self.fma(n, self.splat(-high), x)
         r = self.fma(n, self.splat(-low), r)
         bits = b.shl(b.bitcast(shifted, self.ints), self.splat_int(shift))
-        scale = b.bitcast(b.add(bits, self.splat_int(one)), self.vec)
-        p = self.splat(1 / math.factorial(degree))
-        for k in range(degree - 1, 1, -1):
-            p = self.fma(p, r, self.splat(1 / math.factorial(k)))
-        return scale, self.fma(b.fmul(r, r), p, r)
+        # In pairs of terms: half as many multiply-adds wait for one another.
+        square, p = b.fmul(r, r), None
+        for k in range((len(p_of) - 1) // 2 * 2, -1, -2):
+            pair = self.splat(p_of[k])
+            if k + 1 < len(p_of):
+                pair = self.fma(self.splat(p_of[k + 1]), r, pair)
+            p = pair if p is None else self.fma(p, square, pair)
+        return b.bitcast(bits, self.vec), self.fma(square, p, r)
 
     def exp(self, x: Any) -> Any:
         """``exp(x)`` for ``x <= 0``, zero where it would be denormal; NaN stays NaN."""
