@@ -133,8 +133,24 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         )
     if "json" in defaults:
         defaults["json_lines"] = defaults.pop("json")
+    for option in context.command.params:
+        if option.name in defaults:
+            try:
+                option.process_value(context, defaults[option.name])
+            except typer.BadParameter as error:
+                key = "json" if option.name == "json_lines" else option.name
+                raise typer.BadParameter(f"{path}: {key}: {error.message}") from error
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+# What a terminal would obey instead of showing it; a text may have that too.
+_CONTROLS = {c: f"\\x{c:02x}" for c in [*range(32), *range(127, 160)] if chr(c) not in "\t\n"}
+
+
+def _shown(text: str) -> str:
+    """The text for stdout: as it is, but on a terminal without control characters."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
 
 
 def _version(wanted: bool) -> None:
@@ -371,12 +387,12 @@ def generate(
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     if len(prefix) > 1:
         for text in model.generate(prefix, length, **how):
-            print(text)
+            print(_shown(text))
         return
     characters = model.stream(prefix[0], length, **how)
-    print(prefix[0], end="", flush=True)
+    print(_shown(prefix[0]), end="", flush=True)
     for character in characters:
-        print(character, end="", flush=True)
+        print(_shown(character), end="", flush=True)
     print()
 
 

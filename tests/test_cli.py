@@ -227,6 +227,8 @@ def test_divergence_keeps_the_best_weights() -> None:
         (["train", "text.txt", "--sampling", "shuffled"], 2, "--sampling"),
         (["train", "text.txt", "--config", "typo.toml"], 2, "unknown batch_siz"),
         (["train", "text.txt", "--config", "bad.toml"], 2, "is not TOML"),
+        (["train", "text.txt", "--config", "word.toml"], 2, "word.toml: hidden_size: "),
+        (["train", "text.txt", "--config", "zero.toml"], 2, "zero.toml: epochs: "),
         (["generate", "none", "--prefix", "a"], 1, "no such checkpoint: none"),
         (["generate", "text.txt", "--prefix", "a"], 1, "not a readable checkpoint"),
         (["generate"], 2, ""),
@@ -239,6 +241,8 @@ def test_bad_input(arguments: list[str], code: int, message: str) -> None:
     Path("gbk.txt").write_bytes(b"\xb7\xd6\xbf\xaa")
     Path("typo.toml").write_text("batch-siz = 4\n")
     Path("bad.toml").write_text("epochs = \n")
+    Path("word.toml").write_text('hidden_size = "many"\n')
+    Path("zero.toml").write_text("epochs = 0\n")
     before = set(Path.cwd().iterdir())
     result = run(*arguments)
     assert result.exit_code == code, result.output
@@ -253,6 +257,21 @@ def test_the_smallest_and_the_strangest_texts_train() -> None:
     result = run("generate", "fastrnn.safetensors", "--prefix", "🐈", "--length", "4")
     assert result.exit_code == 0
     assert len(result.output.strip()) == 5
+
+
+def test_a_terminal_does_not_obey_what_a_text_has() -> None:
+    Path("escapes.txt").write_text("\x1b[2J" * 40)
+    tiny = ["--hidden-size", "8", "--batch-size", "2", "--num-steps", "4", "--backend", "numpy"]
+    assert run("train", "escapes.txt", "--epochs", "2", *tiny).exit_code == 0
+    generate = ["generate", "fastrnn.safetensors", "--prefix", "\x1b[2", "--length", "5"]
+    assert "\x1b[2" in run(*generate).output, "what is read by a program is as it is"
+    terminal, end = os.openpty()
+    process = spawn(*generate, stdout=end)
+    assert process.wait(60) == 0
+    os.close(end)
+    shown = os.read(terminal, 1000).decode()
+    assert shown.startswith("\\x1b[2")
+    assert "\x1b" not in shown
 
 
 # --- signals, pipes, disks ---
