@@ -25,7 +25,7 @@ import typer
 import fastrnn
 from fastrnn.backend import BackendUnavailableError
 from fastrnn.checkpoint import CheckpointError, load_checkpoint
-from fastrnn.cli_train import Outputs, Run, UsageError, check_writable
+from fastrnn.cli_train import Outputs, Run, UsageError, check_writable, shown
 from fastrnn.corpus import CorpusError
 from fastrnn.model import load
 from fastrnn.plot import PlotUnavailableError, check_format
@@ -123,34 +123,25 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} is not TOML: {error}") from error
-    names = {p.name for p in context.command.params if p.name and p.name != "config"}
-    known = {"json" if name == "json_lines" else name for name in names}
-    defaults = {key.replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(defaults) - known)
+    options = {
+        "json" if p.name == "json_lines" else p.name: p
+        for p in context.command.params
+        if p.name and p.name != "config"
+    }
+    given = {key.replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(given) - set(options))
     if unknown:
         raise typer.BadParameter(
-            f"{path}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+            f"{path}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(options))}"
         )
-    if "json" in defaults:
-        defaults["json_lines"] = defaults.pop("json")
-    for option in context.command.params:
-        if option.name in defaults:
-            try:
-                option.process_value(context, defaults[option.name])
-            except typer.BadParameter as error:
-                key = "json" if option.name == "json_lines" else option.name
-                raise typer.BadParameter(f"{path}: {key}: {error.message}") from error
+    for key, value in given.items():
+        try:
+            options[key].process_value(context, value)
+        except typer.BadParameter as error:
+            raise typer.BadParameter(f"{path}: {key}: {error.message}") from error
+    defaults = {options[key].name: value for key, value in given.items()}
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
-
-
-# What a terminal would obey instead of showing it; a text may have that too.
-_CONTROLS = {c: f"\\x{c:02x}" for c in [*range(32), *range(127, 160)] if chr(c) not in "\t\n"}
-
-
-def _shown(text: str) -> str:
-    """The text for stdout: as it is, but on a terminal without control characters."""
-    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
 
 
 def _version(wanted: bool) -> None:
@@ -385,14 +376,15 @@ def generate(
     """
     model = load(checkpoint, backend.value, best=best)
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    terminal = sys.stdout.isatty()
     if len(prefix) > 1:
         for text in model.generate(prefix, length, **how):
-            print(_shown(text))
+            print(shown(text, terminal))
         return
     characters = model.stream(prefix[0], length, **how)
-    print(_shown(prefix[0]), end="", flush=True)
+    print(shown(prefix[0], terminal), end="", flush=True)
     for character in characters:
-        print(_shown(character), end="", flush=True)
+        print(shown(character, terminal), end="", flush=True)
     print()
 
 

@@ -28,6 +28,15 @@ from fastrnn.trainer import DivergenceError, EpochStats, Trainer
 DEFAULT_PREFIXES = ("分开", "不分开")
 
 
+# What a terminal would obey instead of showing it; a text may have that too.
+_CONTROLS = {c: f"\\x{c:02x}" for c in [*range(32), *range(127, 160)] if chr(c) not in "\t\n"}
+
+
+def shown(text: str, terminal: bool) -> str:
+    """The text as it is, but for a terminal with control characters written out."""
+    return text.translate(_CONTROLS) if terminal else text
+
+
 class UsageError(ValueError):
     """Options that contradict each other; exit code 2."""
 
@@ -142,6 +151,7 @@ class Run:
             )
         out, prefix = str(self.outputs.out), self.prefixes[0]
         command = shlex.join(["fastrnn", "generate", out, "--prefix", prefix])
+        command = shown(command, self.console.is_terminal)
         self.console.print(f"saved to {out}; try: {command}")
         return 0
 
@@ -167,7 +177,7 @@ class Run:
                 seed=stats.epoch,
             )
             for text in texts:
-                self.console.print(f" - {text}")
+                self.console.print(f" - {shown(text, self.console.is_terminal)}")
         save_period = self.outputs.save_period
         if save_period and stats.epoch % save_period == 0 and stats.epoch < self.epochs:
             self._save()

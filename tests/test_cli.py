@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -259,19 +260,32 @@ def test_the_smallest_and_the_strangest_texts_train() -> None:
     assert len(result.output.strip()) == 5
 
 
+def on_terminal(*arguments: str) -> str:
+    """What a command that succeeds writes to a terminal."""
+    terminal, end = os.openpty()
+    process = spawn(*arguments, stdout=end)
+    os.close(end)
+    written = b""
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
+        while piece := os.read(terminal, 4096):
+            written += piece
+    os.close(terminal)
+    assert process.wait(60) == 0
+    return written.decode()
+
+
 def test_a_terminal_does_not_obey_what_a_text_has() -> None:
     Path("escapes.txt").write_text("\x1b[2J" * 40)
     tiny = ["--hidden-size", "8", "--batch-size", "2", "--num-steps", "4", "--backend", "numpy"]
     assert run("train", "escapes.txt", "--epochs", "2", *tiny).exit_code == 0
     generate = ["generate", "fastrnn.safetensors", "--prefix", "\x1b[2", "--length", "5"]
     assert "\x1b[2" in run(*generate).output, "what is read by a program is as it is"
-    terminal, end = os.openpty()
-    process = spawn(*generate, stdout=end)
-    assert process.wait(60) == 0
-    os.close(end)
-    shown = os.read(terminal, 1000).decode()
+    shown = on_terminal(*generate)
     assert shown.startswith("\\x1b[2")
     assert "\x1b" not in shown
+    shown = on_terminal("train", "escapes.txt", "--epochs", "2", *tiny, "--prefix", "\x1b[2J")
+    assert " - \\x1b[2J" in shown
+    assert "\x1b[2J" not in shown
 
 
 # --- signals, pipes, disks ---

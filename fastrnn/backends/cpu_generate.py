@@ -53,6 +53,7 @@ def _keep_leading(n, tokens, scores, weights, goal, bins, bin_of, edge):
     for i in range(n):
         lowest = min(lowest, scores[tokens[i]])
     last = len(bins) - 1
+    # The last bin takes all from 64 below the largest: their weights are as good as nothing.
     scale = last / max(min(-lowest, 64.0), 1e-300)
     bins[:] = 0.0
     for i in range(n):
@@ -195,8 +196,7 @@ def _best(s, parts, top):
 def generate(
     tid, nt, sync, W_xh, W_hh, b_h, W_hq, b_q, prefix, lengths, h, temperature, top_k, top_p,
     seed, sequence, position, tokens, packed_hh, packed_hq, bias_h, bias_q, states, logits,
-    scores, weights, chosen, bins, fed, best, where,
-    claims
+    scores, weights, chosen, bins, fed, best, where, claims
 ):  # fmt: skip
     """Continue S sequences; h ``[S, H]`` is the state before and after.
 

@@ -68,6 +68,15 @@ def _characters(x, mark, seen, rows):
 
 
 @jit
+def _blocks_of_a_thread(B, H, size, per_group, tid, nt):
+    """The blocks of examples that a thread takes first: of its sequences, or its share of all."""
+    if by_columns(B, H, size, nt):
+        return share(tiles(B) * per_group, tid, nt)
+    g0, g1, _, _ = recurrent_share(B, H, size, tid, nt)
+    return g0 * per_group, g1 * per_group
+
+
+@jit
 def run_steps(
     tid, nt, sync, tokens, starts, T, train, carry, lr, max_norm, W_xh, W_hh, b_h, W_hq, b_q,
     dW_xh, dW_hh, db_h, dW_hq, db_q, x, y, h0, h, dz, logits, packed_hh, packed_hh_t, packed_hq,
@@ -104,12 +113,7 @@ def run_steps(
     squares_at = address(partial)
     groups = tiles(B)
     g0, g1, _, _ = recurrent_share(B, H, size, tid, nt)
-    shared = by_columns(B, H, size, nt)
-    # Blocks of examples: a thread first takes those of its sequences, or its share of all.
     per_group = shares(blocks[0])
-    k0, k1 = g0 * per_group, g1 * per_group
-    if shared:
-        k0, k1 = share(groups * per_group, tid, nt)
     for step in range(len(starts)):
         mark, phase = counts[2] + 1, counts[3] + 1
         old = mark & 1
@@ -156,14 +160,9 @@ def run_steps(
         # own blocks, then of those that others have not come to.
         for turn in range(nt):
             other = (tid + turn) % nt
-            first, last = k0, k1
-            if turn > 0:
-                if not is_finished(other, phase, parts[0]):
-                    continue
-                o0, o1, _, _ = recurrent_share(B, H, size, other, nt)
-                first, last = o0 * per_group, o1 * per_group
-                if shared:
-                    first, last = share(groups * per_group, other, nt)
+            if not is_finished(other, phase, parts[0]):
+                continue
+            first, last = _blocks_of_a_thread(B, H, size, per_group, other, nt)
             for k in range(first, last):
                 g, i = k // per_group, k % per_group
                 if not take(i, phase, blocks[g]):
@@ -230,7 +229,6 @@ def run_steps(
                         like, size, T, B, 0, H, H, h_at, h_panel, dz_at, panel, address(dW_hh),
                         False, address(db_h), squares_at + of_hh * 8, tile, i, units,
                     )  # fmt: skip
-                    finish(i, mark, parts[1])
             barrier(tid, nt, sync)
             total = 0.0
             for i in range(len(partial)):

@@ -169,6 +169,7 @@ def finish(share, phase, claims):
 
 @jit
 def is_finished(share, phase, claims):
+    """Whether the share of this phase is done."""
     return _read(address(claims), 2 * _LINE * share + _LINE) >= phase
 
 
