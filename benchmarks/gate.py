@@ -25,8 +25,8 @@ SIZES_OF_RECURRENCE = ("headline", "B1", "B256", "T512", "H64", "H512", "H1024")
 class Gate:
     """``peer`` needs at least ``at_least`` times as long as ours on a workload and size.
 
-    The peer ``floor`` is the step's products at the best SGEMM rate seen in our own process: there
-    ``at_least`` is the share of it that is reached. ``ours`` is which of our contenders.
+    The peer ``floor`` is the step's products at the best SGEMM rate of any BLAS and kernels seen:
+    there ``at_least`` is the share of it that is reached. ``ours`` is which of our contenders.
     """
 
     workload: str

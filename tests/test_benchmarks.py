@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks import compare, gate, report
+from benchmarks.peers import worker
 from fastrnn import bench
-from fastrnn.bench import BenchResult, Contender, Row
+from fastrnn.bench import BenchResult, Contender, Row, provenance
 from fastrnn.bench.paths import PACKAGE
 from fastrnn.bench.summary import summarise
 
@@ -223,9 +225,43 @@ def test_rows_of_right_wrong_dying_and_missing_contenders(peer: Any) -> None:
     assert "against the oracle" in by_name["unclipped"].reason
     assert "out of luck" in by_name["dies"].reason
     assert "no_such_peer" in by_name["absent"].reason
-    assert rates["flops"] > 0
+    assert rates["flops"] >= rates["flops_as_found"] > 0
     assert rates["bandwidth"] > 0
     assert software["numpy"]["versions"]["numpy"] == np.__version__
+
+
+def test_the_sgemm_rate_is_that_of_the_best_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    rates = {"SkylakeX": 7e11, "Cooperlake": 0.0}  # without bfloat16 there are no such kernels
+
+    def as_told(coretype: str, n: int, H: int, V: int) -> float:
+        asked.append(coretype)
+        assert (n, H, V) == (12, 16, 27)
+        return rates[coretype]
+
+    monkeypatch.setattr(worker, "sgemm_rate_as", as_told)
+    monkeypatch.setattr(worker, "sgemm_rate", lambda n, H, V: 3e11)
+    monkeypatch.setattr(worker, "copy_bandwidth", lambda nbytes: 1e10)
+    problem = {"X": np.zeros((1, 3, 4)), "W_hq": np.zeros((16, 27))}
+    for cpu, best in (("Epyc (AVX-512)", 7e11), ("Epyc (AVX2)", 3e11)):
+        monkeypatch.setattr(provenance, "cpu_model", lambda cpu=cpu: cpu)
+        found = worker.machine_rates(problem)
+        assert found == {"flops": best, "flops_as_found": 3e11, "bandwidth": 1e10}
+    assert asked == list(rates)
+
+
+def test_the_sgemm_rate_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worker.sgemm_rate_as("Haswell", 24, 16, 27) > 0
+    monkeypatch.setattr(sys, "executable", "false")
+    assert worker.sgemm_rate_as("Haswell", 24, 16, 27) == 0
+
+
+def test_the_rates_are_told_with_what_the_blas_takes_by_itself() -> None:
+    line = report.rates_line({"flops": 5e11, "flops_as_found": 2.5e11, "bandwidth": 4e10})
+    assert "500 GFLOP/s (250 with the kernels that OpenBLAS takes here by itself)" in line
+    same = "Best SGEMM on the step's shapes 500 GFLOP/s, copy 40 GB/s."
+    assert report.rates_line({"flops": 5e11, "flops_as_found": 4.9e11, "bandwidth": 4e10}) == same
+    assert report.rates_line({"flops": 5e11, "bandwidth": 4e10}) == same
 
 
 def test_a_worker_that_does_not_answer_is_an_error(tmp_path: Path) -> None:

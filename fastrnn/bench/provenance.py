@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": cores,
         "memory_gib": _memory_gib(),
         "gpus": _gpus(),
@@ -48,7 +48,8 @@ def machine_slug(info: Mapping[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the CPU and, in brackets, the widest vectors it has that we use."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -61,9 +61,10 @@ class BenchResult:
 
     Attributes:
         machine, commit, date: where, what, when (UTC). rows: one a contender, workload and size.
-        dims: the sizes by name. rates: best SGEMM rate (FLOP/s) and copy bandwidth (bytes/s) seen
-            in our own process. first_call: seconds of opening a backend and its first training
-            step by backend, with an empty and with a filled JIT cache.
+        dims: the sizes by name. rates: SGEMM rate (FLOP/s), the best of any kernels and that of
+            those which the BLAS takes by itself, and copy bandwidth (bytes/s). first_call: seconds
+            of opening a backend and its first training step by backend, with an empty and with a
+            filled JIT cache.
         software: versions and thread pools of each contender. seconds: how long it all took.
     """
 
