@@ -25,6 +25,7 @@ from fastrnn.backends.cpu_threads import Team, thread_count
 from fastrnn.backends.numba_cpu import NumbaBackend
 from fastrnn.decoding import Decoding, choose
 from tests.conftest import Inputs
+from tests.tolerances import assert_close
 
 HOST: dict[str, bool] = dict(llvm.get_host_cpu_features())
 
@@ -87,6 +88,27 @@ def test_products_of_few_rows_have_the_same_bits_for_any_number_of_threads(rows:
     alone = products(engine(1))
     for threads in (2, 3, 5):
         all_equal(products(engine(threads)), alone)
+
+
+@pytest.mark.parametrize("often", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("V", [1, 7, 39, 40, 300])
+def test_gradients_of_rows_have_the_same_bits_for_any_number_of_threads(
+    V: int, often: float
+) -> None:
+    """Rows, or columns where there are few, are shared; one token may come more often than all."""
+    T, B, H = 401, 3, 70
+    generator = np.random.default_rng(1)
+    dz = generator.standard_normal((T, B, H)).astype(np.float32)
+    tokens = generator.integers(0, V, (T, B)).astype(np.int32)
+    tokens[generator.random((T, B)) < often] = V // 2
+    want = np.zeros((V, H))
+    np.add.at(want, tokens.ravel(), dz.reshape(-1, H).astype(np.float64))
+    alone = engine(1).gather_backward(dz, tokens, V)
+    assert_close("gather_backward", alone[0], want, "dW_xh")
+    assert_close("gather_backward", alone[1], want.sum(axis=0), "db_h")
+    for threads in (2, 3, 5):
+        out = np.full((V, H), np.nan, np.float32), np.full(H, np.nan, np.float32)
+        all_equal(engine(threads).gather_backward(dz, tokens, V, out), alone)
 
 
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.9, 9, 0.8, seed=3)], ids=str)

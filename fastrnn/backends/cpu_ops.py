@@ -12,6 +12,7 @@ import numpy as np
 
 from fastrnn.backends.cpu_emitter import VECTOR_BYTES, jit
 from fastrnn.backends.cpu_kernels import (
+    LONG,
     backward,
     forward,
     multiply_rows,
@@ -25,7 +26,7 @@ from fastrnn.backends.cpu_kernels import (
     softmax,
 )
 from fastrnn.backends.cpu_threads import barrier, begin
-from fastrnn.backends.cpu_vector import address, column_sums, scale_rows, scatter, squares, update
+from fastrnn.backends.cpu_vector import address, scale_rows, scatter, squares, update
 
 CHUNK = 16384
 """Elements a partial sum of squares covers."""
@@ -52,23 +53,55 @@ def gather(tid, nt, sync, W_xh, tokens, b_h, z):
 
 
 @jit
+def _tokens_of_a_thread(tokens, V, tid, nt):
+    """Which rows of dW_xh are a thread's: as many to clear and to add to as the others have."""
+    counts = np.ones(V, np.int64)
+    for r in range(len(tokens)):
+        counts[tokens[r]] += 1
+    total = V + len(tokens)
+    before, first, last = 0, 0, 0
+    for v in range(V):
+        first += before * nt < total * tid
+        last += before * nt < total * (tid + 1)
+        before += counts[v]
+    return first, last
+
+
+@jit
 def gather_backward(tid, nt, sync, dz, tokens, dW_xh, db_h):
-    """Each thread owns some columns and adds rows in the order of time. dz ``[R, H]``."""
+    """Each thread owns some rows of dW_xh and adds to them in the order of time. dz ``[R, H]``.
+
+    With few tokens it owns columns instead, which two threads then write side by side.
+    """
     if not begin(tid, nt, sync):
         return
     size, like = dz.itemsize, dz.dtype.type(0)
     W = 2 * VECTOR_BYTES // size
     R, H = dz.shape
+    V = len(dW_xh)
     p0, p1 = share(panels(H, size), tid, nt)
-    for v in range(len(dW_xh)):
-        for j in range(p0 * W, min(H, p1 * W)):
-            dW_xh[v, j] = 0
-    j0, at = p0 * W, p0 * W * size
-    n = min(H, p1 * W) - j0
-    scatter(like, R, n, address(tokens), address(dz) + at, W, H, address(dW_xh) + at, H)
-    for p in range(p0, p1):
-        n, at = min(W, H - p * W), p * W * size
-        column_sums(like, R, n, address(dz) + at, H, address(db_h) + at)
+    h0, h1 = p0 * W, min(H, p1 * W)
+    v0, v1, j0, j1 = 0, V, h0, h1
+    if 8 * nt <= V:
+        v0, v1 = _tokens_of_a_thread(tokens, V, tid, nt)
+        j0, j1 = 0, H
+    for v in range(v0, v1):
+        dW_xh[v, j0:j1] = 0
+    x, source, to = address(tokens), address(dz) + j0 * size, address(dW_xh) + j0 * size
+    for r in range(R):
+        if v0 <= tokens[r] < v1:
+            scatter(like, 1, j1 - j0, x + r * 4, source + r * H * size, W, H, to, H)
+    # All rows into one, its stride being 0: whole rows of dz come faster than columns of them.
+    total = np.zeros(h1 - h0, dz.dtype)
+    db_h[h0:h1] = 0
+    source = address(dz) + h0 * size
+    for r in range(0, R, LONG):
+        total[:] = 0
+        scatter(
+            like, min(LONG, R - r), h1 - h0, x, source + r * H * size, W, H, address(total), 0
+        )  # fmt: skip
+        for j in range(h0, h1):
+            db_h[j] += total[j - h0]
     barrier(tid, nt, sync)
 
 
