@@ -11,11 +11,14 @@ a continuation resumed in the middle continues with the same numbers.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastrnn.checks import whole
 
 PHILOX_M0 = 0xD2511F53
 PHILOX_M1 = 0xCD9E8D57
@@ -30,7 +33,8 @@ class Decoding:
     """How to choose the next token.
 
     Attributes:
-        temperature: logits are divided by it; 0 means greedy (arg-max, ties to the lowest index).
+        temperature: logits are divided by it; 0, or less than any normal number, means greedy
+            (arg-max, ties to the lowest index).
         top_k: keep only the ``top_k`` largest logits (ties: the lowest indices); 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose probabilities, after ``top_k``
             and temperature, add up to at least ``top_p`` (nucleus sampling, Holtzman et al.,
@@ -46,14 +50,16 @@ class Decoding:
     def __post_init__(self) -> None:
         if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature!r}")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | np.integer):
-            raise TypeError(f"top_k must be an int, got {type(self.top_k).__name__}")
+        for name in ("top_k", "seed"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 keeps all tokens), got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+        if self.temperature < sys.float_info.min:  # its reciprocal is infinite
+            object.__setattr__(self, "temperature", 0.0)
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastrnn import interchange, reference
 from fastrnn.backend import Array, Backend, Dims, open_backend
 from fastrnn.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastrnn.checks import count, positive_int
 from fastrnn.corpus import CorpusError, Vocab
 from fastrnn.decoding import Decoding
 from fastrnn.reference import PARAM_NAMES
@@ -136,7 +137,7 @@ class CharRNN:
         """
         prefixes = [prefix] if isinstance(prefix, str) else list(prefix)
         how = Decoding(**decoding)
-        _count("num_chars", num_chars)
+        count("num_chars", num_chars)
         tokens, lengths = self._encode(prefixes)
         texts = prefixes
         if prefixes and num_chars > 0:
@@ -152,7 +153,7 @@ class CharRNN:
         """
         how = Decoding(**decoding)
         if num_chars is not None:
-            _count("num_chars", num_chars)
+            count("num_chars", num_chars)
         tokens, lengths = self._encode([prefix])
         return self._stream(tokens, lengths, num_chars, how)
 
@@ -303,18 +304,3 @@ def model_from_checkpoint(
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold a complete model: {error}") from error
-
-
-def positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
-
-
-def _count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")

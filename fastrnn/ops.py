@@ -227,6 +227,7 @@ class _Kind:
         on_gpu: whether its memory is a CUDA device's.
         view: the array as a NumPy or CuPy array on the same memory.
         wrap: the inverse, for results.
+        written: tell the array's library that it was written to.
         scope: a context in which work goes to the caller's current device and stream.
     """
 
@@ -236,6 +237,7 @@ class _Kind:
     view: Callable[[Any], Array]
     wrap: Callable[[Array], Any]
     scope: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    written: Callable[[Any], None] = lambda a: None
 
 
 _CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED = 1, 2, 3, 13  # device types of dlpack.h
@@ -279,8 +281,20 @@ def _torch_kind(name: str, tensor: Any, torch: Any) -> _Kind:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+    def written(t: Any) -> None:
+        if not t.is_inference():  # those have no version that autograd could check
+            torch.autograd.graph.increment_version(t)
+
     if device.type == "cpu":
-        return _Kind(label, key, False, lambda t: t.detach().numpy(), torch.from_numpy)
+        return _Kind(
+            label,
+            key,
+            False,
+            lambda t: t.detach().numpy(),
+            torch.from_numpy,
+            written=written,
+        )
     if device.type == "cuda":
         cupy = _cupy()
 
@@ -298,6 +312,7 @@ def _torch_kind(name: str, tensor: Any, torch: Any) -> _Kind:
             lambda t: cupy.from_dlpack(t.detach()),
             torch.from_dlpack,
             scope,
+            written,
         )
     raise TypeError(f"{name} must be a torch tensor on a CPU or CUDA device, got one on {device}")
 
@@ -372,6 +387,7 @@ class _Call:
         if view.dtype not in (np.float32, np.float64):
             raise TypeError(f"{name} must be float32 or float64, got {view.dtype}")
         self.dtype = view.dtype
+        self._to_write: list[Any] = []
         if self.kind.on_gpu:
             self.backend = open_backend("cupy")
         else:
@@ -395,6 +411,7 @@ class _Call:
         # CuPy's arrays are always writable.
         if not view.flags.c_contiguous or not getattr(view.flags, "writeable", True):
             raise ValueError(f"{name} must be C-contiguous and writable: it is written in place")
+        self._to_write.append(array)
         return _Out(array, view)
 
     def outs(self, out: Any, **shapes: tuple[int, ...]) -> Any:
@@ -435,6 +452,8 @@ class _Call:
         """
         outs = out if isinstance(out, tuple) else () if out is None else (out,)
         _check_overlap([o.view for o in outs], args, inplace)
+        for array in self._to_write:
+            self.kind.written(array)
         with self.kind.scope():
             if not outs:
                 result = getattr(self.backend, op)(*args)
@@ -522,11 +541,12 @@ def _span(array: Array) -> tuple[int, int]:
 def _check_overlap(outs: Sequence[Array], args: Sequence[Any], inplace: Array | None) -> None:
     """Refuse outputs on the memory of each other or of an input, ``inplace`` apart."""
     spans = [_span(out) for out in outs]
-    read = [(_span(a), a is inplace) for a in args if hasattr(a, "shape")] if outs else []
+    read = [_span(a) for a in args if hasattr(a, "shape")] if outs else []
+    if outs and inplace is not None:
+        read.remove(_span(inplace))  # once: given as another input too, it is still needed
     for i, (start, stop) in enumerate(spans):
-        clash = any(start < b and a < stop for a, b in spans[:i]) or any(
-            start < b and a < stop and not (allowed and (a, b) == (start, stop))
-            for (a, b), allowed in read
-        )
-        if clash:
+        others = spans[:i] + read
+        if inplace is not None and (start, stop) != _span(inplace):
+            others.append(_span(inplace))
+        if any(start < b and a < stop for a, b in others):
             raise ValueError("out overlaps an input or another output that is still needed")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastrnn.checks import positive_int, whole
+
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
@@ -40,14 +42,16 @@ class LRSchedule:
             )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be finite and > 0, got {self.lr!r}")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs!r}")
+        object.__setattr__(self, "lr", float(self.lr))
+        object.__setattr__(self, "gamma", float(self.gamma))
+        for name in ("epochs", "step_size"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, positive_int(name, value))
+        object.__setattr__(self, "hold", whole("hold", self.hold))
         if not 0 <= self.hold < (self.epochs or math.inf):
             raise ValueError(
                 f"hold must be at least 0 and less than epochs={self.epochs}, got {self.hold!r}"
             )
-        if self.step_size is not None and self.step_size < 1:
-            raise ValueError(f"step_size must be at least 1, got {self.step_size!r}")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1], got {self.gamma!r}")
         needs_length = self.kind in ("linear", "cosine") or (

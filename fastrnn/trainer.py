@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from fastrnn.backend import Array, Backend, Dims, Workspace
 from fastrnn.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastrnn.checks import count, positive_int
 from fastrnn.corpus import SAMPLINGS, Corpus, CorpusError, batch_starts, num_batches
-from fastrnn.model import CharRNN, model_from_checkpoint, positive_int
+from fastrnn.model import CharRNN, model_from_checkpoint
 from fastrnn.reference import PARAM_NAMES, perplexity
 from fastrnn.schedules import LRSchedule
 
@@ -105,6 +106,9 @@ class Trainer:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
         if isinstance(lr_schedule, str):
             lr_schedule = LRSchedule(lr_schedule, lr, epochs)
+        if not isinstance(lr_schedule, LRSchedule):
+            kind = type(lr_schedule).__name__
+            raise TypeError(f"lr_schedule must be a string or an LRSchedule, got {kind}")
         if corpus.vocab != model.vocab:
             raise CorpusError(
                 f"the corpus has {len(corpus.vocab)} distinct characters, not those "
@@ -117,7 +121,7 @@ class Trainer:
         self.sampling = sampling
         self.clip_norm = float(clip_norm)
         self.lr_schedule = lr_schedule
-        self.seed = int(seed)
+        self.seed = count("seed", seed)
         self.val_fraction = float(val_fraction)
         self.notes: dict[str, Any] = {}
         self.history: list[EpochStats] = []

@@ -97,11 +97,25 @@ def test_extreme_uniforms_choose_a_kept_token(u: float) -> None:
         ({"top_k": 1.5}, TypeError, "top_k must be an int, got float"),
         ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0.0"),
         ({"seed": -1}, ValueError, r"seed must be in \[0, 2\*\*64\), got -1"),
+        ({"seed": 1.5}, TypeError, "seed must be an int, got float"),
+        ({"seed": True}, TypeError, "seed must be an int, got bool"),
     ],
 )
 def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Decoding(**arguments)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64, np.uint64])
+def test_seeds_may_be_numpys(kind: Any) -> None:
+    decoding = Decoding(temperature=1.0, top_k=kind(3), seed=kind(5))
+    assert decoding == Decoding(temperature=1.0, top_k=3, seed=5)
+    assert uniform(decoding.seed, 1, 2) == uniform(5, 1, 2)
+
+
+def test_a_temperature_without_a_reciprocal_is_greedy() -> None:
+    assert Decoding(temperature=5e-324) == Decoding(temperature=0.0)
+    assert Decoding(temperature=1e-300).temperature == 1e-300
 
 
 # --- Every backend ---

@@ -220,6 +220,30 @@ def test_out_on_memory_that_is_still_needed(arrays: dict[str, Any]) -> None:
         ops.recurrence_backward(buffer[1:], h, W_hh, h0, (buffer[1:], dW, buffer[2]))
     with pytest.raises(ValueError, match="out overlaps an input or another output"):
         ops.cross_entropy(logits, arrays["tokens"], (logits[0, 0, :1].reshape(()), logits))
+    # dz may lie on dh, but not on an h that is the same array: dW_hh is made of it
+    with pytest.raises(ValueError, match="out overlaps an input or another output"):
+        ops.recurrence_backward(h, h, W_hh, h0, (h, dW, np.zeros_like(h0)))
+
+
+def test_autograd_learns_that_a_tensor_was_written(arrays: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    z, W_hh, h0 = (torch.from_numpy(arrays[n]) for n in CALLS["recurrence"])
+    writers: dict[str, Callable[[Any], Any]] = {
+        "sgd": lambda t: ops.sgd([t], [t.clone()], 0.5),
+        "clip_by_global_norm": lambda t: ops.clip_by_global_norm([t], 0.01),
+        "recurrence": lambda t: ops.recurrence(z, W_hh, h0, out=t),
+    }
+    for name, write in writers.items():
+        leaf = torch.ones_like(z, requires_grad=True)
+        loss = (leaf * leaf).sum()
+        with torch.no_grad():
+            write(leaf)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        with torch.inference_mode():
+            tensor = torch.ones_like(z)
+            write(tensor)
+        assert not torch.equal(tensor, torch.ones_like(z)), name
 
 
 def test_kinds_do_not_mix(arrays: dict[str, Any]) -> None:

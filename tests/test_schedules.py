@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 
 from fastrnn.schedules import LRSchedule, default_hold
@@ -55,6 +58,20 @@ def test_step() -> None:
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LRSchedule(**arguments)  # type: ignore[arg-type]
+
+
+def test_numpys_numbers_become_pythons_and_fractions_are_refused() -> None:
+    values = {
+        "lr": np.float32(2.0), "epochs": np.int64(9), "hold": np.int32(1),
+        "step_size": np.int64(3), "gamma": np.float64(0.5),
+    }  # fmt: skip
+    schedule = LRSchedule("step", **values)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(dataclasses.asdict(schedule))) == {
+        "kind": "step", "lr": 2.0, "epochs": 9, "hold": 1, "step_size": 3, "gamma": 0.5
+    }  # fmt: skip
+    for name in ("epochs", "hold", "step_size"):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got float"):
+            LRSchedule(**{name: 2.5})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("epochs", "hold"), [(1, 0), (10, 6), (250, 150), (2500, 150)])

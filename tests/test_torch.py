@@ -229,6 +229,28 @@ def test_gradients_that_nobody_asks_for() -> None:
         assert not h_n.requires_grad
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 4), (5, 4)], ids=str)
+def test_outputs_may_be_changed_in_place(
+    shape: Any, options: dict[str, Any], batch_first: bool
+) -> None:
+    theirs = torch.nn.RNN(4, 6, batch_first=batch_first, **options)
+    ours = fastrnn.torch.RNN(4, 6, batch_first=batch_first, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x, grads = torch.randn(*shape), []
+    for rnn in (theirs, ours):
+        inputs = x.clone().requires_grad_()
+        output, h_n = rnn(inputs)
+        output.mul_(2.0)
+        output[0] = 0.0
+        h_n.add_(1.0)
+        (output.square().sum() + h_n.sum()).backward()
+        grads.append([inputs.grad, *(p.grad for p in rnn.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b, a)
+
+
 def test_a_graph_can_be_kept_and_run_again() -> None:
     _, ours = pair(input_size=3, hidden_size=4)
     loss = ours(torch.randn(5, 2, 3))[0].square().sum()

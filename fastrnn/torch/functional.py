@@ -99,7 +99,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
             f"targets must have the shape of logits without its last axis, "
             f"got logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
         )
-    loss, _ = _cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    rows = logits.reshape(targets.numel(), logits.shape[-1])
+    loss, _ = _cross_entropy(rows, targets.reshape(-1))
     return loss
 
 
@@ -334,6 +335,8 @@ def _check_cross_entropy(logits: Tensor, targets: Tensor) -> None:
     _check_shape("targets", targets, logits.shape[0])
     if len(logits) == 0:
         raise ValueError(f"logits must have at least one row, got shape {tuple(logits.shape)}")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
 
 
 # --- gather ----------------------------------------------------------------------------------

@@ -139,6 +139,9 @@ class RNN(nn.RNNBase):  # type: ignore[misc]
         if input.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         output, h_n = self._stack(input, self._initial(input, hx, input.shape[1]), None)
+        if output.requires_grad and not self.bidirectional and self.nonlinearity == "tanh":
+            # The layer keeps what it returned for its gradient; the caller may change a copy.
+            output = output.clone()
         if single:
             return output.squeeze(1), h_n.squeeze(1)
         return output.transpose(0, 1) if self.batch_first else output, h_n
