@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,7 @@ import typer
 import fastrnn
 from fastrnn.backend import BackendUnavailableError
 from fastrnn.checkpoint import CheckpointError, load_checkpoint
-from fastrnn.cli_train import Outputs, Run, UsageError, check_writable, shown
+from fastrnn.cli_train import Outputs, Run, UsageError, check_writable, same_file, shown
 from fastrnn.corpus import CorpusError
 from fastrnn.model import load
 from fastrnn.plot import PlotUnavailableError, check_format
@@ -67,16 +67,29 @@ FAILURES = (
     OSError,
 )
 
-# A checkpoint fixes these; given beside --resume they would contradict it.
-FIXED_BY_CHECKPOINT = (
-    "batch_size",
-    "num_steps",
-    "hidden_size",
-    "sampling",
-    "clip_norm",
-    "dtype",
-    "seed",
-    "val_fraction",
+# A checkpoint fixes these; given beside --resume they must not contradict it.
+FIXED_BY_CHECKPOINT: dict[str, Callable[[Trainer], Any]] = {
+    "batch_size": lambda trainer: trainer.batch_size,
+    "num_steps": lambda trainer: trainer.num_steps,
+    "hidden_size": lambda trainer: trainer.model.hidden_size,
+    "sampling": lambda trainer: trainer.sampling,
+    "clip_norm": lambda trainer: trainer.clip_norm,
+    "dtype": lambda trainer: trainer.model.dtype.name,
+    "seed": lambda trainer: trainer.seed,
+    "val_fraction": lambda trainer: trainer.val_fraction,
+}
+
+# It does not know these: to go on as before, a run has to be given them again.
+NOT_IN_CHECKPOINT = (
+    "backend",
+    "prefix",
+    "pred_period",
+    "pred_len",
+    "temperature",
+    "save_period",
+    "on_divergence",
+    "json_lines",
+    "plot",
 )
 
 
@@ -118,7 +131,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise typer.BadParameter(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -129,12 +142,19 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         if p.name and p.name != "config"
     }
     given = {key.replace("-", "_"): value for key, value in values.items()}
+    if len(given) < len(values):
+        twice = next(key for key in values if "-" in key and key.replace("-", "_") in values)
+        raise typer.BadParameter(f"{path}: {twice} is there twice, with - and with _")
     unknown = sorted(set(given) - set(options))
     if unknown:
         raise typer.BadParameter(
             f"{path}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(options))}"
         )
     for key, value in given.items():
+        if isinstance(value, bool):  # no option of this command is a switch
+            raise typer.BadParameter(f"{path}: {key}: expected a value, got {value}")
+        if options[key].multiple and isinstance(value, str):
+            given[key] = value = [value]
         try:
             options[key].process_value(context, value)
         except typer.BadParameter as error:
@@ -235,6 +255,9 @@ def train(
     }
     if resume is not None and "out" not in given:
         out = resume
+    files = {"--out": out, "--plot": plot, "--json": json_lines, "--config": config}
+    _check_distinct({**files, "the text": corpus})
+    _check_distinct({**files, "--out": None, "--resume": resume})
     if plot is not None:
         check_format(plot)
         check_writable(plot)
@@ -242,11 +265,6 @@ def train(
         check_writable(Path(str(json_lines)), pipes=True)
     check_writable(out)
     if resume is not None:
-        clash = [f"--{name.replace('_', '-')}" for name in FIXED_BY_CHECKPOINT if name in given]
-        if clash:
-            raise UsageError(
-                f"{', '.join(clash)} cannot be given with --resume: the checkpoint says"
-            )
         rates = {
             "lr_schedule": ("kind", lr_schedule.value),
             "lr": ("lr", lr),
@@ -257,6 +275,13 @@ def train(
             resume, corpus, max_chars, epochs if "epochs" in given else None, changes,
             "max_chars" in given, backend.value,
         )  # fmt: skip
+        for name, of_checkpoint in FIXED_BY_CHECKPOINT.items():
+            wanted, there = context.params[name], of_checkpoint(trainer)
+            if name in given and wanted != there:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{option} {wanted} cannot be given with --resume: {resume} has {there}"
+                )
     else:
         text = fastrnn.load_corpus(corpus, max_chars or None)
         falls = lr_schedule is not Schedule.constant
@@ -292,17 +317,37 @@ def train(
         save_period=save_period,
         temperature=temperature,
         stop_on_divergence=on_divergence is OnDivergence.stop,
+        again=tuple(_again(context, given)),
     )
-    run = Run(trainer, epochs, outputs, resumed=resume is not None)
+    run = Run(trainer, epochs, outputs, resumed=resume)
+    steps = trainer.batches_per_epoch
     run.console.print(
         f"{trainer.corpus.name}: {len(trainer.corpus):,} characters, "
         f"{len(trainer.model.vocab):,} distinct; {trainer.model.num_parameters:,} parameters; "
-        f"{trainer.batches_per_epoch} steps an epoch; backend {trainer.model.backend.name}",
+        f"{steps:,} step{'s' if steps > 1 else ''} an epoch; backend {trainer.model.backend.name}",
         markup=False,
     )
     if notes["max_chars"] == len(trainer.corpus):
         run.console.print("(the beginning of the text: --max-chars 0 takes all of it)")
     raise typer.Exit(run())
+
+
+def _check_distinct(files: dict[str, Any]) -> None:
+    """Raise if two of the files that a run reads and writes are one."""
+    named = [(what, Path(path)) for what, path in files.items() if path not in (None, "-")]
+    for i, (what, path) in enumerate(named):
+        for other, before in named[:i]:
+            if same_file(path, before) and (path.is_file() or not path.exists()):
+                raise UsageError(f"{other} and {what} are the same file, {path}")
+
+
+def _again(context: typer.Context, given: set[str]) -> Iterator[str]:
+    """The options of this run that no checkpoint holds, as they are written."""
+    for parameter in context.command.params:
+        if parameter.name in NOT_IN_CHECKPOINT and parameter.name in given:
+            value = context.params[parameter.name]
+            for one in value if isinstance(value, list | tuple) else [value]:
+                yield from (parameter.opts[-1], str(one))
 
 
 def _resumed(
@@ -376,7 +421,7 @@ def generate(
     """
     model = load(checkpoint, backend.value, best=best)
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     if len(prefix) > 1:
         for text in model.generate(prefix, length, **how):
             print(shown(text, terminal))
@@ -423,6 +468,7 @@ def bench(
     """
     from fastrnn.bench import run_bench
 
+    named = [fastrnn.open_backend().name if b == "auto" else b.value for b in backend or ()]
     if plot is not None:
         check_format(plot)
         check_writable(plot)
@@ -433,7 +479,7 @@ def bench(
         workload or ("step", "generate"),
         size or ("headline",),
         peers=peers,
-        backends=[name.value for name in backend] if backend else None,
+        backends=named or None,
         rounds=rounds,
         threads=threads,
         progress=lambda line: None if quiet else print(f"… {line}", file=sys.stderr),
@@ -444,7 +490,6 @@ def bench(
         print(result.table())
         if json_file is not None:
             Path(json_file).write_text(result.to_json(), encoding="utf-8")
-    named = [name.value for name in backend or ()]
     for row in result.rows:
         if row.name in named and row.status == "missing":
             raise BackendUnavailableError(row.reason)
@@ -477,7 +522,10 @@ def info(
     print("backends:")
     for name, reason in facts["backends"].items():
         print(f"  {name:<11} {'works' if reason is None else 'cannot run: ' + reason}")
-    print(f"auto chooses {facts['auto']}")
+    if facts["auto"] is None:
+        print(f"auto cannot choose: {facts['auto_error']}")
+    else:
+        print(f"auto chooses {facts['auto']}")
     for key, value in facts["device"].items():
         print(f"  {key}: {value}")
 
@@ -493,7 +541,11 @@ def environment() -> dict[str, Any]:
     packages.setdefault("numpy", np.__version__)
     from fastrnn.bench import machine
 
-    chosen = fastrnn.open_backend()
+    chosen, error = None, None
+    try:
+        chosen = fastrnn.open_backend()
+    except (BackendUnavailableError, ValueError) as wrong:  # as FASTRNN_BACKEND is
+        error = str(wrong)
     return {
         "fastrnn": fastrnn.__version__,
         "python": platform.python_version(),
@@ -501,8 +553,9 @@ def environment() -> dict[str, Any]:
         "machine": machine(),
         "packages": packages,
         "backends": fastrnn.available_backends(),
-        "auto": chosen.name,
-        "device": chosen.describe(),
+        "auto": chosen.name if chosen else None,
+        "auto_error": error,
+        "device": chosen.describe() if chosen else {},
     }
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastrnn.checkpoint import writable_target
+from fastrnn.checkpoint import writable_target, write_atomically
 from fastrnn.corpus import CorpusError
 from fastrnn.decoding import Decoding
 from fastrnn.plot import plot_curves
@@ -55,12 +55,17 @@ class Outputs:
     save_period: int = 100
     temperature: float = 0.0
     stop_on_divergence: bool = True
+    # Options that a run which goes on has to be given again: no checkpoint holds them.
+    again: tuple[str, ...] = ()
 
 
 class Run:
     """One call of ``fastrnn train``: a trainer, where it writes, and how it is stopped."""
 
-    def __init__(self, trainer: Trainer, epochs: int, outputs: Outputs, resumed: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, epochs: int, outputs: Outputs, resumed: Path | None = None
+    ) -> None:
+        """resumed: the checkpoint that the trainer is from."""
         self.trainer = trainer
         self.epochs = epochs
         self.outputs = outputs
@@ -98,6 +103,7 @@ class Run:
                 if self.trainer.epoch or self.trainer.progress:
                     with contextlib.suppress(Exception):
                         self._save()
+                        print(f"fastrnn: what was learnt is in {self.outputs.out}", file=sys.stderr)
                 raise
         if self.outputs.plot is not None and self.trainer.history:
             plot_curves(self.outputs.plot, {"training": self.trainer.history})
@@ -134,9 +140,10 @@ class Run:
                     if not self.warned:
                         self.console.print(f"warning: {reason}", style="yellow")
                         self.warned = True
-            if self.stopping:
+            if self.stopping and trainer.epoch < self.epochs:
                 self._save()
-                resume = shlex.join(["fastrnn", "train", "--resume", str(self.outputs.out)])
+                words = ["fastrnn", "train", "--resume", str(self.outputs.out)]
+                resume = shlex.join([*words, *self.outputs.again])
                 self.console.print(
                     f"stopped in epoch {trainer.epoch + 1}, saved to {self.outputs.out}; go on "
                     f"with: {resume}"
@@ -183,22 +190,27 @@ class Run:
             self._save()
 
     def _diverged(self, reason: str) -> int:
-        self._save()
-        print(
-            f"fastrnn: error: {reason}; the best weights are in {self.outputs.out}",
-            file=sys.stderr,
-        )
+        if self.trainer.best is not None:
+            self._save()
+            reason += f"; the best weights are in {self.outputs.out}"
+        print(f"fastrnn: error: {reason}", file=sys.stderr)
         return 1
 
     def _save(self) -> None:
-        out = self.outputs.out
-        if not self.saved and not self.resumed and out.is_file():
+        out, kept = self.outputs.out, None
+        ours = self.saved or (self.resumed is not None and same_file(out, self.resumed))
+        if not ours and out.is_file():
             # The file is of another run: it is not for this one to throw away.
-            before = out.with_name(f"{out.name}.bak")
-            shutil.copy2(out, before)
-            self.console.print(f"the {out.name} that was there is now {before.name}")
-        self.trainer.save(out, notes=self.outputs.notes)
+            kept = keep(out)
+        try:
+            self.trainer.save(out, notes=self.outputs.notes)
+        except BaseException:
+            if kept is not None:
+                kept.unlink()
+            raise
         self.saved = True
+        if kept is not None:
+            self.console.print(f"the {out.name} that was there is now {kept.name}")
 
     # --- surroundings ---
 
@@ -209,7 +221,8 @@ class Run:
         elif self.outputs.json == "-":
             yield sys.stdout
         else:
-            with open(self.outputs.json, "a" if self.resumed else "w", encoding="utf-8") as file:
+            mode = "w" if self.resumed is None else "a"
+            with open(self.outputs.json, mode, encoding="utf-8") as file:
                 yield file
 
     @contextlib.contextmanager
@@ -244,6 +257,31 @@ class Run:
                 signal.signal(signum, handler)
 
 
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, be it there or not."""
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def keep(path: Path) -> Path:
+    """Give a file a second name, ``.bak``, ``.bak2``, …, one that is free; return it.
+
+    A file that later takes the first name leaves this one as it is: nothing is copied, unless the
+    file system has no hard links.
+    """
+    for number in itertools.count(1):
+        name = path.with_name(f"{path.name}.bak{number if number > 1 else ''}")
+        if os.path.lexists(name):
+            continue
+        try:
+            os.link(os.path.realpath(path), name)
+        except FileExistsError:
+            continue
+        except OSError:
+            write_atomically(name, path.read_bytes())
+        return name
+    raise AssertionError
+
+
 def check_writable(path: Path, pipes: bool = False) -> None:
     """Find out before the work, not after it, that a file cannot be written.
 
@@ -258,6 +296,8 @@ def check_writable(path: Path, pipes: bool = False) -> None:
     target, temporary = writable_target(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(f"cannot write {path}: it is read-only")
     try:
         temporary.open("xb").close()
         temporary.unlink()

@@ -180,6 +180,14 @@ def too_short(num_tokens: int, batch_size: int, num_steps: int, sampling: str) -
     )
 
 
+_PACKED = {
+    "a damaged zip": b"PK\x03\x04",
+    "a gzip file; unpack it first": b"\x1f\x8b",
+    "an xz file; unpack it first": b"\xfd7zXZ",
+    "a bzip2 file; unpack it first": b"BZh",
+}
+
+
 # --- Loading ---------------------------------------------------------------------------------
 
 
@@ -298,6 +306,9 @@ def _code_points(
         except UnicodeDecodeError as error:
             where = offset - pending + error.start
             bad = error.object[error.start]
+            packed = next((k for k, magic in _PACKED.items() if error.object.startswith(magic)), "")
+            if packed and offset == 0:
+                raise CorpusError(f"{source} is no text: it looks like {packed}") from None
             raise CorpusError(
                 f"{source} is not UTF-8: byte 0x{bad:02x} at offset {where:,} ({error.reason}); "
                 "convert it to UTF-8 first"

@@ -52,6 +52,7 @@ class Decoding:
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature!r}")
         for name in ("top_k", "seed"):
             object.__setattr__(self, name, whole(name, getattr(self, name)))
+        object.__setattr__(self, "top_k", min(self.top_k, 2**31 - 1))  # compiled code counts in 32
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0 (0 keeps all tokens), got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:

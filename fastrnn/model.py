@@ -63,6 +63,7 @@ class CharRNN:
                 "the numba and numpy backends take both"
             )
         if params is None:
+            seed = count("seed", seed)
             params = reference.init_params(len(self.vocab), self.hidden_size, seed, self.dtype)
         self.arrays: dict[str, Array] = {}
         self.set_params(params)
@@ -291,6 +292,8 @@ def model_from_checkpoint(
     backend: str | Backend,
 ) -> CharRNN:
     """Build the model that a checkpoint's tensors and header describe."""
+    if isinstance(backend, str):  # what is wrong with it is not the checkpoint's fault
+        backend = open_backend(backend)
     try:
         config = header["model"]
         return CharRNN(

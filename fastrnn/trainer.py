@@ -198,7 +198,8 @@ class Trainer:
         starts = self._starts[self._cursor : self._cursor + self._chunk]
         lr = self.lr_schedule(self.epoch)
         try:
-            backend.run_steps(ws, starts, lr, self.clip_norm, self.sampling == "consecutive")
+            with np.errstate(all="ignore"):  # what is not finite is counted, and reported below
+                backend.run_steps(ws, starts, lr, self.clip_norm, self.sampling == "consecutive")
             self._cursor += len(starts)
         except KeyboardInterrupt:
             # The weights have moved by the steps that are done, which are counted with the losses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -21,7 +22,8 @@ import fastrnn
 from fastrnn.checkpoint import load_checkpoint, save_checkpoint
 from fastrnn.cli import app
 
-SMALL = ["--hidden-size", "8", "--batch-size", "4", "--num-steps", "9", "--backend", "numpy"]
+SIZES = ["--hidden-size", "8", "--batch-size", "4", "--num-steps", "9"]
+SMALL = [*SIZES, "--backend", "numpy"]
 TEXT = "the wind took your hat and the sea gave it back, wet and happy. " * 12
 
 
@@ -117,9 +119,25 @@ def test_resume_needs_something_to_do_and_refuses_contradictions() -> None:
     done = run("train", "--resume", "fastrnn.safetensors", "--backend", "numpy")
     assert done.exit_code == 2
     assert "has already done 2 of 2 epochs" in done.output
-    clash = run("train", "--resume", "fastrnn.safetensors", "--hidden-size", "9")
+    more = ["train", "--resume", "fastrnn.safetensors", "--epochs", "4"]
+    clash = run(*more, "--hidden-size", "9")
     assert clash.exit_code == 2
-    assert "--hidden-size cannot be given with --resume" in clash.output
+    want = "--hidden-size 9 cannot be given with --resume: fastrnn.safetensors has 8"
+    assert want in clash.output
+    assert run(*more, "--hidden-size", "8", "--sampling", "consecutive").exit_code == 0
+
+
+def test_one_config_file_starts_a_run_and_goes_on_with_it() -> None:
+    Path("run.toml").write_text(
+        '\ufeffepochs = 2\nhidden-size = 8\nbatch_size = 4\nnum_steps = 9\nbackend = "numpy"\n'
+        'prefix = "the w"\n'
+    )
+    assert run("train", "text.txt", "--config", "run.toml").exit_code == 0
+    again = ["--config", "run.toml", "--resume", "fastrnn.safetensors", "--epochs", "4"]
+    result = run("train", *again)
+    assert result.exit_code == 0, result.output
+    assert "\n - the w" in result.output
+    assert len(load_checkpoint("fastrnn.safetensors")[1]["trainer"]["history"]) == 4
 
 
 def test_resume_takes_another_rate_and_a_shorter_run() -> None:
@@ -164,6 +182,85 @@ def test_the_file_of_another_run_is_kept() -> None:
     assert len(load_checkpoint("fastrnn.safetensors")[1]["trainer"]["history"]) == 2
 
 
+def test_no_kept_file_is_lost_to_the_next_run() -> None:
+    for epochs in "432":
+        assert train("--epochs", epochs).exit_code == 0
+    names = [f"fastrnn.safetensors{end}" for end in (".bak", ".bak2", "")]
+    done = [len(load_checkpoint(name)[1]["trainer"]["history"]) for name in names]
+    assert done == [4, 3, 2]
+
+
+def test_a_resumed_run_keeps_a_file_that_it_does_not_come_from() -> None:
+    assert train("--epochs", "2").exit_code == 0
+    Path("notes").write_text("precious")
+    more = ["--resume", "fastrnn.safetensors", "--epochs", "3", "--out", "notes"]
+    result = run("train", *more)
+    assert "the notes that was there is now notes.bak" in result.output
+    assert Path("notes.bak").read_text() == "precious"
+    assert run("train", "--resume", "notes", "--epochs", "4").exit_code == 0
+    assert not Path("notes.bak2").exists()
+
+
+def test_a_save_that_fails_leaves_the_files_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train("--epochs", "2").exit_code == 0
+    before = {p: p.read_bytes() for p in Path.cwd().iterdir()}
+
+    def full(self: Any, path: Path, notes: Any = None) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(fastrnn.Trainer, "save", full)
+    result = train("--epochs", "3")
+    assert result.exit_code == 1
+    assert "No space left on device: fastrnn.safetensors" in result.output
+    assert "is now" not in result.output
+    assert {p: p.read_bytes() for p in Path.cwd().iterdir()} == before
+
+
+def test_files_are_kept_without_hard_links_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: Any, name: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    test_no_kept_file_is_lost_to_the_next_run()
+
+
+def test_a_file_that_is_protected_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("out").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    result = train("--out", "out")
+    assert result.exit_code == 1
+    assert "cannot write out: it is read-only" in result.output
+
+
+def test_what_was_stopped_goes_on_with_the_options_it_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    advance = fastrnn.Trainer.advance
+
+    def and_stop(self: fastrnn.Trainer) -> Any:
+        stats = advance(self)
+        if self.epoch in stops:
+            signal.raise_signal(signal.SIGINT)
+        return stats
+
+    monkeypatch.setattr(fastrnn.Trainer, "advance", and_stop)
+    stops = {1}
+    options = ["--backend", "numpy", "--prefix", "the w", "--pred-len", "3", "--json", "m"]
+    result = run("train", "text.txt", *SIZES, "--epochs", "3", *options)
+    (hint,) = (line for line in result.output.splitlines() if line.startswith("stopped in epoch"))
+    words = shlex.split(hint.partition("go on with: fastrnn ")[2])
+    assert words[:3] == ["train", "--resume", "fastrnn.safetensors"]
+    assert sorted(words[3:]) == sorted(options)
+    stops = {3}  # as it ends: there is nothing to go on with
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "saved to fastrnn.safetensors; try:" in result.output
+    assert "go on with" not in result.output
+    assert len(Path("m").read_text().splitlines()) == 3
+
+
 def test_what_cannot_be_printed_or_written_keeps_what_was_learnt() -> None:
     Path("song.txt").write_text("分开我们不分开 " * 90)
     arguments = ["train", "song.txt", *SMALL, "--epochs", "3", "--pred-period", "1"]
@@ -173,6 +270,7 @@ def test_what_cannot_be_printed_or_written_keeps_what_was_learnt() -> None:
     assert "\\u5206" in output
     result = train("--epochs", "5", "--json", "/dev/full", "--out", "full.st")
     assert result.exit_code == 1
+    assert "what was learnt is in full.st" in result.output
     assert len(load_checkpoint("full.st")[1]["trainer"]["history"]) == 1
 
 
@@ -209,6 +307,16 @@ def test_divergence_keeps_the_best_weights() -> None:
         np.testing.assert_array_equal(array, tensors[f"best.{name}"])
 
 
+def test_a_run_that_learns_nothing_leaves_the_file_of_another() -> None:
+    assert train("--epochs", "2").exit_code == 0
+    before = Path("fastrnn.safetensors").read_bytes()
+    result = train("--epochs", "2", "--lr", "1e300")
+    assert result.exit_code == 1
+    assert "weights from before training" in result.output
+    assert "the best weights are in" not in result.output
+    assert Path("fastrnn.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -222,7 +330,15 @@ def test_divergence_keeps_the_best_weights() -> None:
         (["train", "text.txt", *SMALL, "--prefix", "海"], 1, "'海' (U+6D77)"),
         (["train", "text.txt", "--out", "no/where"], 1, "there is no directory no"),
         (["train", "text.txt", "--json", "no/where"], 1, "there is no directory no"),
-        (["train", "text.txt", "--resume", "text.txt"], 1, "not a readable checkpoint"),
+        (["train", "--resume", "text.txt"], 1, "not a readable checkpoint"),
+        (["train", "text.txt", "--resume", "text.txt"], 2, "--out and the text are the same file"),
+        (["train", "text.txt", "--out", "./text.txt"], 2, "--out and the text are the same file"),
+        (["train", "text.txt", "--json", "a", "--out", "a"], 2, "--out and --json are the same"),
+        (["train", "text.txt", "--plot", "a.svg", "--out", "a.svg"], 2, "--out and --plot are the"),
+        (["train", "text.txt", "--plot", "a.pgf"], 2, "ends in one of"),
+        (["train", "text.txt", "--config", "text.txt", "--json", "text.txt"], 2, "is not TOML"),
+        (["train", "half.zip"], 1, "half.zip is no text: it looks like a damaged zip"),
+        (["train", "text.gz"], 1, "text.gz is no text: it looks like a gzip file; unpack it first"),
         (["train", "text.txt", "--lr", "-1"], 2, "lr must be finite and > 0, got -1.0"),
         (["train", "text.txt", "--epochs", "0"], 2, "--epochs"),
         (["train", "text.txt", "--sampling", "shuffled"], 2, "--sampling"),
@@ -230,6 +346,8 @@ def test_divergence_keeps_the_best_weights() -> None:
         (["train", "text.txt", "--config", "bad.toml"], 2, "is not TOML"),
         (["train", "text.txt", "--config", "word.toml"], 2, "word.toml: hidden_size: "),
         (["train", "text.txt", "--config", "zero.toml"], 2, "zero.toml: epochs: "),
+        (["train", "text.txt", "--config", "yes.toml"], 2, "yes.toml: epochs: expected a value"),
+        (["train", "text.txt", "--config", "twice.toml"], 2, "batch-size is there twice"),
         (["generate", "none", "--prefix", "a"], 1, "no such checkpoint: none"),
         (["generate", "text.txt", "--prefix", "a"], 1, "not a readable checkpoint"),
         (["generate"], 2, ""),
@@ -244,6 +362,10 @@ def test_bad_input(arguments: list[str], code: int, message: str) -> None:
     Path("bad.toml").write_text("epochs = \n")
     Path("word.toml").write_text('hidden_size = "many"\n')
     Path("zero.toml").write_text("epochs = 0\n")
+    Path("yes.toml").write_text("epochs = true\n")
+    Path("twice.toml").write_text("batch-size = 4\nbatch_size = 5\n")
+    Path("half.zip").write_bytes(b"PK\x03\x04\x14\x00\x08\xa5")
+    Path("text.gz").write_bytes(b"\x1f\x8b\x08\x00")
     before = set(Path.cwd().iterdir())
     result = run(*arguments)
     assert result.exit_code == code, result.output
@@ -381,11 +503,28 @@ def test_info() -> None:
     assert facts["fastrnn"] == fastrnn.__version__
 
 
-def test_bench(tmp_path: Path) -> None:
+def test_a_wrong_choice_of_backend_is_no_other_ones_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train("--epochs", "2").exit_code == 0
+    monkeypatch.setenv("FASTRNN_BACKEND", "foo")
+    result = run("info")
+    assert result.exit_code == 0
+    assert "numpy       works" in result.output
+    assert "auto cannot choose: " in result.output
+    assert "unknown backend 'foo'" in result.output
+    assert json.loads(run("info", "--json").output)["auto"] is None
+    result = run("generate", "fastrnn.safetensors", "--prefix", "the")
+    assert result.exit_code == 2
+    assert result.output.startswith("fastrnn: error: unknown backend 'foo'")
+
+
+def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = ["--backend", "numpy", "--peers", "none", "--rounds", "1", "--size", "tiny"]
     result = run("bench", *quick, "--json", "b.json", "--plot", "b.png")
     assert result.exit_code == 0, result.output
     assert "fastrnn numpy" in result.output
+    monkeypatch.setenv("FASTRNN_BACKEND", "numpy")
+    quick[1] = "auto"
+    assert run("bench", *quick).output.count("fastrnn numpy") == 2
     rows = json.loads(Path("b.json").read_text())["rows"]
     assert all(row["seconds"] > 0 for row in rows)
     assert Path("b.png").read_bytes().startswith(b"\x89PNG")

@@ -111,6 +111,7 @@ def test_seeds_may_be_numpys(kind: Any) -> None:
     decoding = Decoding(temperature=1.0, top_k=kind(3), seed=kind(5))
     assert decoding == Decoding(temperature=1.0, top_k=3, seed=5)
     assert uniform(decoding.seed, 1, 2) == uniform(5, 1, 2)
+    assert Decoding(top_k=2**70).top_k == 2**31 - 1, "all, in what compiled code counts with"
 
 
 def test_a_temperature_without_a_reciprocal_is_greedy() -> None:
