@@ -103,6 +103,11 @@ def _say(error: BaseException) -> None:
     print(f"fastrnn: error: {text}", file=sys.stderr)
 
 
+def _leave_stdout() -> None:
+    """What is still to be printed goes nowhere, instead of failing again as Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _friendly(command: Callable[..., None]) -> Callable[..., None]:
     """Turn the errors that a user can cause into one line and an exit code."""
 
@@ -111,7 +116,7 @@ def _friendly(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except BrokenPipeError:  # the reader has gone: nothing is left to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _leave_stdout()
             raise typer.Exit(0) from None
         except FAILURES as error:
             _say(error)
@@ -560,12 +565,13 @@ def environment() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of the ``fastrnn`` command."""
+    """Run the command that the arguments of the process name."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a text may have what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="fastrnn")
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        app(prog_name="fastrnn")
+    except OSError as error:  # of what is printed outside the commands: --help on a full disk
+        _leave_stdout()
+        _say(error)
+        sys.exit(1)

@@ -475,6 +475,35 @@ def test_a_full_disk_loses_nothing() -> None:
     assert not list(Path.cwd().glob(".*.tmp"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["info"]])
+def test_words_that_cannot_be_written_are_an_error(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        process = spawn(*arguments, stdout=full)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == "fastrnn: error: No space left on device\n"
+
+
+def test_an_interrupted_start_is_quiet() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from fastrnn.__main__ import main\n"
+        "main()\n"
+    )
+    root = str(Path(fastrnn.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert (result.returncode, result.stderr) == (1, "fastrnn: interrupted\n")
+
+
 # --- generate, info, help ---
 
 
