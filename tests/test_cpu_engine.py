@@ -19,7 +19,14 @@ import pytest
 
 import fastrnn
 from fastrnn.backend import Backend, Dims
-from fastrnn.backends import cpu_emitter, cpu_generate, cpu_step, cpu_vector, numba_cpu
+from fastrnn.backends import (
+    cpu_emitter,
+    cpu_generate,
+    cpu_step,
+    cpu_threads,
+    cpu_vector,
+    numba_cpu,
+)
 from fastrnn.backends.cpu_generate import BINS, _choose
 from fastrnn.backends.cpu_threads import Team, thread_count
 from fastrnn.backends.numba_cpu import NumbaBackend
@@ -242,6 +249,31 @@ def test_an_interrupted_call_leaves_a_team_that_works() -> None:
     with pytest.raises(KeyboardInterrupt):
         backend._team.run(interrupted, threads=3)
     all_equal(train(backend, Inputs(*SHAPES[1], np.float32)), want)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are moved on Linux alone")
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_thread_leaves_the_processor_of_another_if_there_is_one_for_each(size: int) -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("there is one processor")
+    first, second = sorted(allowed)[:2]
+    sync = cpu_threads._sync(size)
+    processor = sync[cpu_threads._THREADS + 2 :: cpu_threads._LINE]
+    processor[0] = first + 1
+    after: list[set[int]] = []
+
+    def work() -> None:
+        os.sched_setaffinity(0, {first})
+        os.sched_setaffinity(0, {first, second})
+        cpu_threads._keep_apart(1, size, sync.ctypes.data)
+        after.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert after == [{first, second}], "it may go anywhere again"
+    assert processor[1] - 1 in ({second} if size == 2 else {first, second})
 
 
 def test_idle_threads_sleep() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fastrnn.backends.cpu_emitter import VECTOR_BYTES, jit
 from fastrnn.backends.cpu_kernels import pack, pad, panels, share, tiles
-from fastrnn.backends.cpu_threads import barrier, begin, finish, finished, take
+from fastrnn.backends.cpu_threads import barrier, begin, end, finish, finished, take
 from fastrnn.backends.cpu_vector import address, arg_max, exp_rows, tanh, tile_rows
 from fastrnn.decoding import PHILOX_M0, PHILOX_M1, PHILOX_ROUNDS, PHILOX_W0, PHILOX_W1
 
@@ -300,4 +300,4 @@ def generate(
         for s in range(S):
             for j in range(min(W, H - p * W)):
                 h[s, p * W + j] = states[(p * 2 * S + last + s) * W + j]
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)

@@ -25,7 +25,7 @@ from fastrnn.backends.cpu_kernels import (
     share_rows,
     softmax,
 )
-from fastrnn.backends.cpu_threads import barrier, begin
+from fastrnn.backends.cpu_threads import barrier, begin, end
 from fastrnn.backends.cpu_vector import address, scale_rows, scatter, squares, update
 
 CHUNK = 16384
@@ -49,7 +49,7 @@ def gather(tid, nt, sync, W_xh, tokens, b_h, z):
         x = tokens[r]
         for j in range(len(b_h)):
             z[r, j] = W_xh[x, j] + b_h[j]
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -102,7 +102,7 @@ def gather_backward(tid, nt, sync, dz, tokens, dW_xh, db_h):
         )  # fmt: skip
         for j in range(h0, h1):
             db_h[j] += total[j - h0]
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -120,7 +120,7 @@ def recurrence(tid, nt, sync, B, z, W_hh, h0, h, packed, states):
         like, size, R // B, B, H, address(packed), 0, address(states), 2 * B, 2, False, address(z),
         H, 0, address(h), H, tid, nt, sync,
     )  # fmt: skip
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -175,7 +175,7 @@ def recurrence_backward(
         barrier(tid, nt, sync)
     r0, r1 = share_rows(B, tid, nt)
     multiply_rows(like, size, r0, r1, H, H, dz_at, rows * W, address(packed), 0, address(dh0), tile)
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -196,7 +196,7 @@ def project(tid, nt, sync, h, W_hq, b_q, logits, h_panels, packed, bias, scratch
         like, size, r0, r1, H, V, address(h_panels), rows * W, address(packed), address(bias),
         address(logits), address(scratch[tid]),
     )  # fmt: skip
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -223,7 +223,7 @@ def project_backward(
         like, size, 1, R, -1, H, V, h_at, rows * W, dlogits_at, rows * W, address(dW_hq), False,
         address(db_q), 0, tile, tid, nt,
     )  # fmt: skip
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -234,7 +234,7 @@ def cross_entropy(tid, nt, sync, logits, targets, V, dlogits, losses, scratch):
     W = 2 * VECTOR_BYTES // logits.itemsize
     first, last = share(len(targets), tid, nt)
     softmax(logits, W, V, dlogits, W, V, targets, V, first, last, True, losses, scratch[tid])
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -247,7 +247,7 @@ def sum_of_squares(tid, nt, sync, g, partial):
     for c in range(first, last):
         n = min(CHUNK, len(g) - c * CHUNK)
         squares(like, 1, n, 0, address(g) + c * CHUNK * g.itemsize, n, address(partial) + c * 8)
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -259,7 +259,7 @@ def scale(tid, nt, sync, g, factor):
     factors = np.full(1, factor, g.dtype)
     at = address(g) + first * g.itemsize
     scale_rows(factor, 1, last - first, at, W, 0, address(factors))
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)
 
 
 @jit
@@ -269,4 +269,4 @@ def sgd(tid, nt, sync, p, g, lr):
     first, last = share(len(p), tid, nt)
     n, at = last - first, first * p.itemsize
     update(lr, 1, n, 0, address(p) + at, n, address(g) + at, n, p.dtype.type(1), lr)
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)

@@ -29,6 +29,7 @@ from fastrnn.backends.cpu_kernels import (
 from fastrnn.backends.cpu_threads import (
     barrier,
     begin,
+    end,
     finish,
     finished,
     is_finished,
@@ -265,4 +266,4 @@ def run_steps(
                     at = (b * (T + 1) + T * height + i) * W
                     for j in range(j0, j1):
                         h0[b + i, j] = h[j // W * h_panel + at + j % W]
-    barrier(tid, nt, sync)
+    end(tid, nt, sync)

@@ -4,7 +4,7 @@ numba's own thread layers abort the process when two Python threads enter them (
 a child of ``fork`` does (GNU OpenMP). A team here serialises its callers with a lock, and a forked
 child starts a team of its own.
 
-The caller takes part as thread 0. The others are Python threads; between jobs they watch for the
+The caller takes part as thread 0. The others are Python threads; after a job they watch for the
 next one for about a tenth of a millisecond, giving their core to whoever wants it, and then sleep.
 """
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -40,14 +41,18 @@ def thread_count() -> int:
 
 # --- Compiled code -----------------------------------------------------------------------------
 # ``sync`` is int64, a line of 16 for each purpose, so that no two share a cache line: how many jobs
-# thread 0 began, whether the job is off, and for each thread how many jobs it began and how many
-# barriers it reached.
+# thread 0 began; whether the job is off, and how long to wait for the next; and for each thread
+# how many jobs it began, how many barriers it reached and, counted from 1, the processor that it
+# began the last job on.
 
-_BEGUN, _OFF, _THREADS, _LINE = 0, 16, 32, 16
+_BEGUN, _OFF, _LINGER, _THREADS, _LINE = 0, 16, 17, 32, 16
+_LINUX = sys.platform == "linux"
 
 
 def _sync(size: int) -> NDArray[np.int64]:
-    return np.zeros(_THREADS + _LINE * (size + 1), np.int64)
+    sync = np.zeros(_THREADS + _LINE * (size + 1), np.int64)
+    sync[_LINGER] = 200  # some tenth of a millisecond
+    return sync
 
 
 @intrinsic
@@ -90,6 +95,48 @@ def _replace(typing_context, base, index, old, new):
 
 
 _sched_yield = types.ExternalFunction("sched_yield", types.intc())
+_sched_getcpu = types.ExternalFunction("sched_getcpu", types.intc())
+_AFFINITY = types.intc(types.intc, types.uintp, types.intp)
+_sched_getaffinity = types.ExternalFunction("sched_getaffinity", _AFFINITY)
+_sched_setaffinity = types.ExternalFunction("sched_setaffinity", _AFFINITY)
+
+
+@jit
+def _keep_apart(tid, nt, base):
+    """Leave the processor that a thread before this one is on, if there is one for each.
+
+    Linux may wake a thread on the processor of the one that wakes it and leave both there for tens
+    of milliseconds, the next one idle: they take turns, and a job takes longer than on one thread.
+    The thread is kept off those processors for the time of a system call, which moves it; then it
+    may go anywhere again.
+    """
+    here = _sched_getcpu()
+    crowded = False
+    for other in range(tid):
+        crowded |= _read(base, _THREADS + _LINE * other + 2) == here + 1
+    if crowded:
+        mine = np.zeros(16, np.uint64)  # 1024 processors; with more, the call fails
+        others = np.zeros(16, np.uint64)
+        if _sched_getaffinity(0, mine.nbytes, address(mine)) >= 0:
+            there = 0
+            for cpu in range(64 * len(mine)):
+                there += (mine[cpu // 64] >> np.uint64(cpu % 64)) & np.uint64(1) != 0
+            others[:] = mine
+            left = there
+            for other in range(tid):
+                cpu = _read(base, _THREADS + _LINE * other + 2) - 1
+                if 0 <= cpu < 64 * len(mine):
+                    bit = np.uint64(1) << np.uint64(cpu % 64)
+                    left -= others[cpu // 64] & bit != 0
+                    others[cpu // 64] &= ~bit
+            if (
+                there >= nt
+                and left > 0
+                and _sched_setaffinity(0, others.nbytes, address(others)) == 0
+            ):
+                _sched_setaffinity(0, mine.nbytes, address(mine))
+                here = _sched_getcpu()
+    _write(base, _THREADS + _LINE * tid + 2, here + 1)
 
 
 @jit
@@ -99,7 +146,16 @@ def begin(tid, nt, sync):
         return True
     base = address(sync)
     if tid == 0:
-        _write(base, _BEGUN, _read(base, _BEGUN) + 1)
+        if _LINUX:
+            _keep_apart(tid, nt, base)
+        job = _read(base, _BEGUN) + 1
+        _write(base, _BEGUN, job)
+        for other in range(1, nt):
+            spins = 0
+            while _read(base, _THREADS + _LINE * other) < job and spins < 2000:
+                spins += 1
+            if spins == 2000:  # It may be waiting for this very processor, to leave it.
+                _sched_yield()
         return True
     mine = _THREADS + _LINE * tid
     job, spins = _read(base, mine) + 1, 0
@@ -110,6 +166,8 @@ def begin(tid, nt, sync):
                 return False
             _sched_yield()
     _write(base, mine, job)
+    if _LINUX:
+        _keep_apart(tid, nt, base)
     return True
 
 
@@ -137,6 +195,24 @@ def barrier(tid, nt, sync):
     _write(base, first + _LINE * tid, mine)
     for other in range(nt):
         _await(base, first + _LINE * other, mine)
+
+
+@jit
+def end(tid, nt, sync):
+    """Last in every function that a team runs: a barrier.
+
+    Threads other than the caller's wait a while for its next job, as long as they need no GIL.
+    Who asks for the GIL while the caller has it sleeps, and may be woken late.
+    """
+    barrier(tid, nt, sync)
+    base = address(sync)
+    rounds = 0 if tid == 0 else _read(base, _LINGER)
+    done = _read(base, _THREADS + _LINE * tid)
+    for _ in range(rounds):
+        for _ in range(64):
+            if _read(base, _BEGUN) > done:
+                return
+        _sched_yield()
 
 
 # A phase of microseconds must not wait for a thread that is off its core, or not awake yet: its
@@ -180,18 +256,6 @@ def finished(phase, nt, claims):
         _await(address(claims), 2 * _LINE * share + _LINE, phase)
 
 
-@jit
-def _linger(tid, sync, rounds):
-    """Wait a while for thread 0 to begin a job that this thread has not begun."""
-    base = address(sync)
-    done = _read(base, _THREADS + _LINE * tid)
-    for _ in range(rounds):
-        for _ in range(64):
-            if _read(base, _BEGUN) > done:
-                return
-        _sched_yield()
-
-
 # --- The team ----------------------------------------------------------------------------------
 
 
@@ -213,7 +277,7 @@ class Team:
     def run(self, function: Callable[..., Any], *arguments: Any, threads: int) -> None:
         """Run ``function(tid, nt, sync, *arguments)`` on ``threads`` threads: 1, or all of them.
 
-        The function starts with :func:`begin` and ends with a :func:`barrier`.
+        The function starts with :func:`begin` and ends with :func:`end`.
         """
         if threads == 1 or self.size == 1:
             function(0, 1, self._alone, *arguments)
@@ -248,7 +312,6 @@ class Team:
 
     def _serve(self, tid: int, inbox: queue.SimpleQueue[Any], sync: NDArray[np.int64]) -> None:
         while True:
-            _linger(tid, sync, 200)
             job = inbox.get()
             if job is None:
                 return
