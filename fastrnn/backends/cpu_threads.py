@@ -150,12 +150,12 @@ def begin(tid, nt, sync):
             _keep_apart(tid, nt, base)
         job = _read(base, _BEGUN) + 1
         _write(base, _BEGUN, job)
+        spins = 0
         for other in range(1, nt):
-            spins = 0
             while _read(base, _THREADS + _LINE * other) < job and spins < 2000:
                 spins += 1
-            if spins == 2000:  # It may be waiting for this very processor, to leave it.
-                _sched_yield()
+        if spins == 2000:  # Somebody may be waiting for this very processor, to leave it.
+            _sched_yield()
         return True
     mine = _THREADS + _LINE * tid
     job, spins = _read(base, mine) + 1, 0
