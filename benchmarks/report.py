@@ -240,7 +240,7 @@ def report(result: BenchResult | None, suite: Sequence[dict[str, Any]], pictures
         parts.append("## Ops, steps, generation")
         parts.append(
             "The floor is the larger of FLOP by the best SGEMM rate and bytes by the copy "
-            "bandwidth at that working-set size, both measured in the same process."
+            "bandwidth at that working-set size, both measured in the same run."
         )
         parts += [f"![{name}]({name}.png)" for name in ("roofline",) if "roofline.png" in pictures]
         parts.append("\n".join(suite_table(suite)))

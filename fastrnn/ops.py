@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from fastrnn.backend import GPU_BACKENDS, Array, Backend, BackendUnavailableError, open_backend
+from fastrnn.checks import positive_int
 
 
 def gather(W_xh: Array, tokens: Array, b_h: Array, out: Array | None = None) -> Array:
@@ -74,7 +75,7 @@ def gather_backward(
     """
     call = _Call("dz", dz)
     dz = call.array("dz", dz, (None, None, None))
-    V, (T, B, H) = _size("V", V), dz.shape
+    V, (T, B, H) = positive_int("V", V), dz.shape
     tokens = call.tokens("tokens", tokens, V, (T, B))
     outs = call.outs(out, dW_xh=(V, H), db_h=(H,))
     dW_xh, db_h = call.run("gather_backward", dz, tokens, V, out=outs)
@@ -524,14 +525,6 @@ def _check_shape(name: str, array: Array, expected: tuple[int | None, ...]) -> N
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(array.shape)}")
 
 
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
-
-
 def _span(array: Array) -> tuple[int, int]:
     """The addresses that a contiguous NumPy or CuPy array covers."""
     start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
@@ -540,13 +533,12 @@ def _span(array: Array) -> tuple[int, int]:
 
 def _check_overlap(outs: Sequence[Array], args: Sequence[Any], inplace: Array | None) -> None:
     """Refuse outputs on the memory of each other or of an input, ``inplace`` apart."""
+    if not outs:
+        return
     spans = [_span(out) for out in outs]
-    read = [_span(a) for a in args if hasattr(a, "shape")] if outs else []
-    if outs and inplace is not None:
-        read.remove(_span(inplace))  # once: given as another input too, it is still needed
+    read = [_span(a) for a in args if hasattr(a, "shape")]
+    if inplace is not None and (whole_of_it := _span(inplace)) in spans:
+        read.remove(whole_of_it)  # once: given as another input too, it is still needed
     for i, (start, stop) in enumerate(spans):
-        others = spans[:i] + read
-        if inplace is not None and (start, stop) != _span(inplace):
-            others.append(_span(inplace))
-        if any(start < b and a < stop for a, b in others):
+        if any(start < b and a < stop for a, b in spans[:i] + read):
             raise ValueError("out overlaps an input or another output that is still needed")

@@ -485,6 +485,21 @@ def test_words_that_cannot_be_written_are_an_error(arguments: list[str]) -> None
     assert errors == "fastrnn: error: No space left on device\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes the output")
+def test_generate_without_a_standard_output() -> None:
+    assert train("--epochs", "1").exit_code == 0
+    command = shlex.join([sys.executable, "-m", "fastrnn", "generate", "fastrnn.safetensors"])
+    root = str(Path(fastrnn.__file__).parent.parent)
+    result = subprocess.run(
+        f"{command} --prefix the --backend numpy >&-",
+        shell=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_an_interrupted_start_is_quiet() -> None:
     code = (
         "import sys\n"

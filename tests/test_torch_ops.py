@@ -18,6 +18,8 @@ from tests.tolerances import assert_close, relative_rms
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from torch import library  # noqa: E402
+
 import fastrnn.torch  # noqa: E402
 from fastrnn.torch import functional  # noqa: E402
 
@@ -54,7 +56,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_registration_passes_torchs_own_check(op: str) -> None:
     """Schema, autograd registration, fake against real, and AOT dispatch with dynamic shapes."""
-    checked = torch.library.opcheck(getattr(functional, f"_{op}").custom_op, ARGUMENTS[op]())
+    checked = library.opcheck(getattr(functional, f"_{op}").custom_op, ARGUMENTS[op]())
     assert set(checked.values()) == {"SUCCESS"}
     assert len(checked) >= 4
 
@@ -299,6 +301,8 @@ def test_arguments_are_checked() -> None:
             fastrnn.torch.cross_entropy(normal(T, B, V), tokens)
     with pytest.raises(ValueError, match=r"got logits \(3, 2, 5\) and targets \(3,\)"):
         fastrnn.torch.cross_entropy(normal(T, B, V), ids(T))
+    with pytest.raises(ValueError, match=r"at least one class, got shape \(2, 0\)"):
+        fastrnn.torch.cross_entropy(torch.zeros(2, 0), ids(2))
     with pytest.raises(ValueError, match="at least one row"):
         fastrnn.torch.cross_entropy(normal(0, V), ids(0))
 

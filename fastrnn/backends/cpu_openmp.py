@@ -41,7 +41,7 @@ def _fork(typing_context, function, openmp, nt, sync, arguments):
     def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:
         called = function.get_call_type(context.typing_context, kinds, {})
         compiled = function.dispatcher.get_compile_result(called)
-        context.active_code_library.add_linking_library(compiled.library)
+        context.add_linking_libs(context.get_function(function, called).libs)
         callee = context.declare_function(builder.module, compiled.fndesc)
         bytes_at, count = ir.IntType(8).as_pointer(), ir.FunctionType(_I32, []).as_pointer()
 

@@ -115,26 +115,18 @@ def _keep_apart(tid, nt, base):
     for other in range(tid):
         crowded |= _read(base, _THREADS + _LINE * other + 2) == here + 1
     if crowded:
-        mine = np.zeros(16, np.uint64)  # 1024 processors; with more, the call fails
-        others = np.zeros(16, np.uint64)
-        if _sched_getaffinity(0, mine.nbytes, address(mine)) >= 0:
-            there = 0
-            for cpu in range(64 * len(mine)):
-                there += (mine[cpu // 64] >> np.uint64(cpu % 64)) & np.uint64(1) != 0
-            others[:] = mine
-            left = there
+        mine = np.zeros(128, np.uint8)  # a bit for each of 1024 processors; with more, it fails
+        if _sched_getaffinity(0, len(mine), address(mine)) >= 0:
+            there, others = 0, mine.copy()
+            for cpu in range(8 * len(mine)):
+                there += mine[cpu // 8] >> (cpu % 8) & 1
             for other in range(tid):
                 cpu = _read(base, _THREADS + _LINE * other + 2) - 1
-                if 0 <= cpu < 64 * len(mine):
-                    bit = np.uint64(1) << np.uint64(cpu % 64)
-                    left -= others[cpu // 64] & bit != 0
-                    others[cpu // 64] &= ~bit
-            if (
-                there >= nt
-                and left > 0
-                and _sched_setaffinity(0, others.nbytes, address(others)) == 0
-            ):
-                _sched_setaffinity(0, mine.nbytes, address(mine))
+                if 0 <= cpu < 8 * len(mine):
+                    others[cpu // 8] &= ~(1 << cpu % 8)
+            # With no processor left the first call fails, and moves nothing.
+            if there >= nt and _sched_setaffinity(0, len(mine), address(others)) == 0:
+                _sched_setaffinity(0, len(mine), address(mine))
                 here = _sched_getcpu()
     _write(base, _THREADS + _LINE * tid + 2, here + 1)
 

@@ -55,7 +55,7 @@ class OpenMPTeam(Team):
         if threads == 1 or function not in ON_OPENMP:
             super().run(function, *arguments, threads=threads)
         else:
-            sync = np.zeros_like(self._sync)
+            sync = np.zeros_like(self._sync)  # where nobody waits for the next job, as :func:`end`
             ON_OPENMP[function](self._openmp, threads, sync, arguments)
 
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
-from torch.library import custom_op
 
 from fastrnn import ops
 from fastrnn.backend import Backend, BackendUnavailableError, open_backend
@@ -613,7 +612,7 @@ class _Op:
     ) -> None:
         name = schema.partition("(")[0]
         self.name = f"fastrnn::{name}"
-        self.custom_op = custom_op(
+        self.custom_op = library.custom_op(
             self.name, real, mutates_args=mutates, schema=schema.removeprefix(name)
         )
         self.custom_op.register_fake(fake)
