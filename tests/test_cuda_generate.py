@@ -1,9 +1,4 @@
-"""Generation in CUDA C, in the emulator: the tokens of the definition in ``fastrnn/decoding.py``.
-
-Sums have another order than in NumPy, so a token may differ where the choice hangs by a rounding
-error. :func:`check` follows the produced tokens in float64 and accepts another token than the
-definition's only where a change of the logits by that error makes the definition choose it.
-"""
+"""Generation in CUDA C, in the emulator: the tokens of the definition in ``fastrnn/decoding.py``."""
 
 from __future__ import annotations
 
@@ -19,15 +14,14 @@ from numpy.typing import NDArray
 from fastrnn.cuda import generate as launch
 from fastrnn.cuda.device import KERNELS, Device, Kernel
 from fastrnn.decoding import Decoding, choose, uniform
-from tests.conftest import Inputs
+from tests import generation
 from tests.cuda_sanitized import sanitized, scratch_of
 from tests.cuda_support import ORDERS, emulated
 from tests.emulated_device import EmulatedDevice
 from tests.emulator import EmulatorError, SanitizerError
 from tests.emulator.module import Order
-from tests.tolerances import assert_close
+from tests.generation import GREEDY, Continuation, check
 
-GREEDY = Decoding()
 DECODINGS = {
     "greedy": GREEDY,
     "temperature": Decoding(temperature=1.0, seed=2**63 + 5),
@@ -36,10 +30,6 @@ DECODINGS = {
     "both": Decoding(temperature=1.1, top_k=9, top_p=0.9, seed=3),
 }
 BOTH = DECODINGS["both"]
-
-ERROR = {"float32": 4e-6, "float64": 1e-13}
-"""Of a logit, relative to the largest: H-long dot products after some steps of the recurrence."""
-
 
 # --- engines ---------------------------------------------------------------------------------
 
@@ -92,23 +82,8 @@ def resident(request: pytest.FixtureRequest) -> Engine:
 
 
 @dataclass(frozen=True)
-class Call:
-    """The arguments of one continuation."""
-
-    params: dict[str, NDArray[Any]]
-    prefix: NDArray[np.int32]
-    lengths: NDArray[np.int32]
-    num_tokens: int
-    decoding: Decoding = GREEDY
-    h0: NDArray[Any] | None = None
-    position: int = 0
-    sequence: int = 0
-
-    @property
-    def start(self) -> NDArray[Any]:
-        W_hh = self.params["W_hh"]
-        shape = (len(self.prefix), len(W_hh))
-        return np.zeros(shape, W_hh.dtype) if self.h0 is None else self.h0
+class Call(Continuation):
+    """A continuation that a device runs."""
 
     def run(self, device: Device) -> tuple[NDArray[np.int32], NDArray[Any]]:
         """Tokens and state."""
@@ -129,56 +104,13 @@ class Call:
         )
         return device.get(tokens), device.get(state)
 
-    def uniform(self, s: int, i: int) -> float:
-        return uniform(self.decoding.seed, self.sequence + s, self.position + i)
-
 
 def draw(
     S: int, P: int, num_tokens: int, H: int, V: int, decoding: Decoding = GREEDY,
     dtype: Any = np.float32, seed: int = 0,
 ) -> Call:  # fmt: skip
     """A random model and prefixes of mixed lengths."""
-    make = Inputs(P, S, H, V, dtype, seed)
-    params = make.params()
-    lengths = make.rng.integers(1, P + 1, S).astype(np.int32)
-    lengths[-1] = P
-    return Call(params, make.tokens(S, P), lengths, num_tokens, decoding)
-
-
-def near(logits: NDArray[np.float64], error: float, decoding: Decoding, u: float) -> set[int]:
-    """What the definition chooses when its inputs change by the error."""
-    rng = np.random.default_rng(0)
-    close = set()
-    for _ in range(200):
-        noise = rng.uniform(-error, error, logits.shape)
-        close.add(choose(logits + noise, decoding, u + rng.uniform(-error, error)))
-    return close
-
-
-def check(call: Call, tokens: NDArray[np.int32], state: NDArray[Any]) -> None:
-    """Assert that tokens and state are those of the definition, near-ties aside, which are few."""
-    p = {name: array.astype(np.float64) for name, array in call.params.items()}
-    V, ties = p["W_hq"].shape[1], 0
-    assert tokens.min() >= 0
-    assert tokens.max() < V
-    states = []
-    for s, row in enumerate(tokens):
-        h = call.start[s].astype(np.float64)
-        for token in call.prefix[s, : call.lengths[s]]:
-            h = np.tanh(p["W_xh"][token] + h @ p["W_hh"] + p["b_h"])
-        for i, token in enumerate(row):
-            logits = h @ p["W_hq"] + p["b_q"]
-            u = call.uniform(s, i) if call.decoding.temperature else 0.0
-            if token != choose(logits, call.decoding, u):
-                error = ERROR[state.dtype.name] * np.abs(logits).max()
-                close = near(logits, error, call.decoding, u)
-                assert token in close, f"sequence {s}, token {i}: {token}, not one of {close}"
-                ties += 1
-            if i < len(row) - 1:
-                h = np.tanh(p["W_xh"][token] + h @ p["W_hh"] + p["b_h"])
-        states.append(h)
-    assert ties <= tokens.size // 50, f"{ties} near-ties among {tokens.size} tokens"
-    assert_close("recurrence", state, np.array(states), "state")
+    return Call(**vars(generation.draw(S, P, num_tokens, H, V, decoding, dtype, seed)))
 
 
 # --- random models ---------------------------------------------------------------------------
