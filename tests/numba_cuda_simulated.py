@@ -28,7 +28,7 @@ from fastrnn.backends import numba_cuda_kernels as kernels
 from fastrnn.backends.numba_cuda import NumbaCudaBackend
 from fastrnn.decoding import Decoding
 from tests.conftest import Inputs
-from tests.numba_cuda_simulator import poisoned, repaired_simulator
+from tests.numba_cuda_simulator import TOY, poisoned, repaired_simulator
 from tests.test_ops import (
     OnBackend,
     recurrence_oracle,
@@ -74,13 +74,6 @@ def simulator() -> Iterator[None]:
     with repaired_simulator():
         yield
 
-
-# Small enough for Python threads; every path of the real sizes is taken: rows of W_hh in registers,
-# in shared memory and in neither, several slices, tiles and splits, states too wide for one block.
-TOY = kernels.Geometry(
-    lanes=4, slices=4, max_hidden=16, resident_bytes=48, shared_bytes=700, tile_m=8, tile_n=8,
-    tile_k=4, micro_m=4, micro_n=2, threads=8, columns=4, partial_blocks=3,
-)  # fmt: skip
 
 SHAPES = [
     # T, B, H, V

@@ -19,6 +19,15 @@ from numba.cuda import types
 from numba.cuda.np import numpy_support
 from numba.cuda.simulator import kernel, kernelapi
 
+from fastrnn.backends.numba_cuda_kernels import Geometry
+
+# Small enough for Python threads; every path of the real sizes is taken: rows of W_hh in registers,
+# in shared memory and in neither, several slices, tiles and splits, states too wide for one block.
+TOY = Geometry(
+    lanes=4, slices=4, max_hidden=16, resident_bytes=48, shared_bytes=700, tile_m=8, tile_n=8,
+    tile_k=4, micro_m=4, micro_n=2, threads=8, columns=4, partial_blocks=3,
+)  # fmt: skip
+
 _allocating = threading.Lock()
 
 

@@ -1,86 +1,112 @@
-"""``python -m benchmarks.gpu``: its orchestration, with the emulator in the GPU's place."""
+"""``python -m benchmarks.gpu``: what it runs, with stand-ins for a GPU, and what it keeps."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu, gpu_parts
-from benchmarks.gpu import Part
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import cases, record, report, supervisor
+from benchmarks.gpu.cases import Case, Key
+from benchmarks.gpu.parts import PARTS, STAGE_SECONDS, Part, Selection
+from benchmarks.gpu.supervisor import CaseRun
+from benchmarks.gpu.tasks import findings
+from benchmarks.gpu.worker import MARK, decode, encode, key_of
 from benchmarks.op_cases import OPS
-from fastrnn.bench import BenchResult, Row
+from fastrnn.backend import BACKENDS, Dims
+from fastrnn.bench import BenchResult, provenance
+from fastrnn.bench import Row as BenchRow
+from tests.conftest import required_backends
 from tests.emulator.require import require_emulator
 
+BY_NAME = {part.name: part for part in PARTS}
+PLANTED = "tests.gpu_planted:open_planted"
+MACHINE = {"gpus": [{"name": "NVIDIA H100 80GB HBM3", "driver": "580.1"}], "cpu": "c", "cores": 2}
 
-def part(name: str, code: str, **options: Any) -> Part:
-    """A part that runs Python code; ``sys.argv[1]`` is where its result belongs."""
-    settings = {"limit": 20.0, "least": 1.0, **options}
-    return Part(
-        name, name.title(), command=lambda result, _: [sys.executable, "-c", code, str(result)],
-        **settings,
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+        cwd=supervisor.ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
     )  # fmt: skip
 
 
-WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"found\": 7}');"
+def stored(folder: Path) -> dict[str, Any]:
+    found = record.load(folder)
+    assert found is not None
+    return found
 
 
-def test_a_part_that_fails_hangs_or_dies_costs_only_itself(tmp_path: Path) -> None:
-    parts = [
-        part("good", WRITES),
-        part("bad", WRITES + "raise SystemExit('no such kernel')"),
-        part("dead", WRITES + "import os; os.kill(os.getpid(), 11)"),
-        part("stuck", WRITES + "import time; time.sleep(60)", limit=1.0),
-        part("absent", "", absent=lambda: "no such tool"),
-        part("last", WRITES),
-    ]
-    begin = time.monotonic()
-    record = gpu.run(tmp_path, 1.0, parts)
-    assert time.monotonic() - begin < 20
-    status = {name: outcome["status"] for name, outcome in record["parts"].items()}
-    assert status == {
-        "good": "ok",
-        "bad": "failed",
-        "dead": "failed",
-        "stuck": "stopped",
-        "absent": "absent",
-        "last": "ok",
+def rows_of(folder: Path, part: str) -> dict[tuple[str, str], dict[str, Any]]:
+    rows = stored(folder)["parts"][part]["result"]["rows"]
+    return {(row["op"], row["size"]): row for row in rows}
+
+
+# --- What is chosen ----------------------------------------------------------------------------
+
+
+def chosen(*words: str, stages: Sequence[int] = (1, 2, 3), backends: Sequence[str] = ()) -> Any:
+    return {
+        part.name: [case.key[2:] for case in rows]
+        for part, rows in Selection(stages, words, backends).parts()
     }
-    assert "no such kernel" in record["parts"]["bad"]["reason"]
-    assert record["parts"]["stuck"]["reason"] == "no end within 1 s"
-    assert record["parts"]["absent"]["reason"] == "no such tool"
-    # What a part had found before it ended badly is kept.
-    assert {n for n, o in record["parts"].items() if o.get("result") == {"found": 7}} == {
-        "good", "bad", "dead", "stuck", "last",
-    }  # fmt: skip
-    stored = json.loads((tmp_path / "gpu.json").read_text())
-    assert stored["parts"].keys() == record["parts"].keys()
-    text = (tmp_path / "gpu.md").read_text()
-    assert "no such kernel" in text
-    assert "## Goals" in text
 
 
-def test_children_of_a_stopped_part_end_with_it(tmp_path: Path) -> None:
-    code = (
-        "import subprocess, sys, time;"
-        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3);"
-        f' open({str(tmp_path / "late")!r}, "w")\']); time.sleep(60)'
-    )
-    gpu.run(tmp_path, 1.0, [part("stuck", code, limit=1.0)])
-    time.sleep(3.5)
-    assert not (tmp_path / "late").exists()
+def test_every_op_and_size_class_of_both_engines_is_checked() -> None:
+    for backend, classes in cases.CLASSES.items():
+        for toy in (False, True):
+            found = {(case.op, case.size) for case in cases.smoke(backend, toy)}
+            for size, which in classes.items():
+                for op in which.ops or cases.SMOKE_OPS:
+                    assert (op, size) in found, (backend, op, size)
+    assert {case.op for case in cases.ops("cupy", False)} == {*OPS, *cases.NODES}
+    assert set(cases.LARGE) == set(OPS) - {"recurrence", "recurrence_backward"}
 
 
-def test_parts_are_skipped_when_the_time_is_up(tmp_path: Path) -> None:
-    parts = [part("slow", "import time; time.sleep(1)"), part("next", WRITES, least=30.0)]
-    record = gpu.run(tmp_path, 5 / 60, parts)
-    assert record["parts"]["slow"]["status"] == "ok"
-    assert record["parts"]["next"]["status"] == "skipped"
-    assert "it needs 30" in record["parts"]["next"]["reason"]
+def test_the_most_valuable_comes_first() -> None:
+    names = [part.name for part in PARTS]
+    assert [part.stage for part in PARTS] == sorted(part.stage for part in PARTS)
+    assert names.index("smoke-cupy") < names.index("ops-cupy") < names.index("tests-cupy")
+    assert {part.backend for part in PARTS if part.stage == 1} == {"", "cupy"}
+    assert [case.op for case in cases.large("cupy", False)][-1] == "cross_entropy"
+    assert cases.LARGE["cross_entropy"].T == 64
+    assert max(cases.SANITIZED.dims.V, 0) == 1100
+    assert all(part.limit <= 100 for part in PARTS)
+    assert set(STAGE_SECONDS) == {part.stage for part in PARTS}
+
+
+def test_only_takes_parts_ops_and_sizes() -> None:
+    assert list(chosen("probe")) == ["probe"]
+    assert list(chosen("smoke")) == [
+        "smoke-cupy", "memcheck-cupy", "racecheck-cupy", "engine-numba-cuda",
+    ]  # fmt: skip
+    assert chosen("smoke-cupy", "project", "odd") == {"smoke-cupy": [("project", "odd")]}
+    found = chosen("large")
+    assert list(found) == ["large-cupy"]
+    assert len(found["large-cupy"]) == len(cases.LARGE)
+    for name, keys in chosen("cross_entropy", "headline").items():
+        assert keys == [("cross_entropy", "headline")] * len(keys), name
+    assert set(chosen(backends=["numba-cuda"])) == {"device-numba-cuda", "engine-numba-cuda"}
+    assert set(chosen(stages=[2])) == {part.name for part in PARTS if part.stage == 2}
+
+
+def test_an_unknown_word_names_what_there_is() -> None:
+    done = run("--only", "smoky", "--out", "nowhere")
+    assert done.returncode == 2
+    assert "unknown 'smoky': expected parts (probe, " in done.stderr
+    assert "recurrence_backward" in done.stderr
+    assert not Path("nowhere").exists()
 
 
 def test_without_a_gpu_nothing_is_run(
@@ -92,64 +118,426 @@ def test_without_a_gpu_nothing_is_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_all_parts_run_on_the_emulator(tmp_path: Path) -> None:
+def test_a_required_backend_does_not_stand_for_another() -> None:
+    assert required_backends("") == []
+    assert required_backends("cupy") == ["cupy"]
+    assert required_backends("1") == [name for name in BACKENDS if "cu" in name]
+    with pytest.raises(ValueError, match="some of cupy, numba-cuda, got 'numba'"):
+        required_backends("numba")
+
+
+# --- Stand-ins ---------------------------------------------------------------------------------
+
+
+def test_stage_1_on_the_emulator(tmp_path: Path) -> None:
     require_emulator()
-    record = gpu.run(tmp_path, 9.5, emulate=True)
-    outcomes = {name: outcome["status"] for name, outcome in record["parts"].items()}
-    assert outcomes == {
-        "device": "ok", "tests": "ok", "smoke": "ok", "memcheck": "absent",
-        "racecheck": "absent", "ops": "ok", "step": "ok", "peers": "ok",
-    }, record  # fmt: skip
-    rows = record["parts"]["ops"]["result"]["rows"]
-    assert {row["op"] for row in rows} == set(OPS)
-    assert not [row for row in rows if "failed" in row]
+    done = run("--emulate", "--stage", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = stored(tmp_path)
+    assert found["emulated"] is True
+    statuses = {name: outcome["status"] for name, outcome in found["parts"].items()}
+    torch = statuses.pop("torch-cupy")  # where torch is installed
+    assert torch in ("ok", "absent")
+    assert statuses == {
+        "probe": "ok", "device-cupy": "ok", "compile-cupy": "absent", "smoke-cupy": "ok",
+        "ops-cupy": "ok", "step-cupy": "ok", "tests-cupy": "ok",
+    }  # fmt: skip
+    for kind, part in (("smoke", "smoke-cupy"), ("ops", "ops-cupy"), ("step", "step-cupy")):
+        wanted = getattr(cases, kind)("cupy", True)
+        rows = rows_of(tmp_path, part)
+        assert set(rows) == {(case.op, case.size) for case in wanted}
+        assert {row["status"] for row in rows.values()} == {"right"}
+    errors = rows_of(tmp_path, "smoke-cupy")["recurrence", "odd"]["errors"]["h"]
+    assert 0 < errors[0] < 2e-6
+    assert found["parts"]["tests-cupy"]["result"]["failed"] == []
+    assert found["parts"]["tests-cupy"]["result"]["tests"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.log", "gpu.md"]
     text = (tmp_path / "gpu.md").read_text()
     assert "the times mean nothing" in text
     assert "## Goals" not in text
 
 
-def test_ops_end_where_the_context_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Lost:
-        name = "cupy"
+def test_stages_2_and_3_with_stand_ins(tmp_path: Path) -> None:
+    require_emulator()
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+    done = run("--emulate", "--stage", "2", "3", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = stored(tmp_path)["parts"]
+    assert {name for name, outcome in found.items() if outcome["status"] == "absent"} == {
+        "memcheck-cupy", "racecheck-cupy", "peers-compiled", "profile-cupy",
+    }  # fmt: skip
+    rows = rows_of(tmp_path, "engine-numba-cuda")
+    wanted = {(c.op, c.size) for c in BY_NAME["engine-numba-cuda"].cases(True)}  # type: ignore[misc]
+    assert set(rows) == wanted
+    assert {row["status"] for row in rows.values()} == {"right"}
 
-        def sync(self) -> None:
-            raise RuntimeError("an illegal memory access was encountered")
 
-    saved: list[dict[str, Any]] = []
-    monkeypatch.setattr(gpu_parts, "backends", lambda emulate: [Lost()])
-    monkeypatch.setattr(gpu_parts, "copy_rate", lambda emulate: None)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        gpu_parts.ops(saved.append, emulate=True)
-    assert ["failed" in row for row in saved[-1]["rows"]] == [True]
+@pytest.mark.parametrize("backend", ["cupy", "numba-cuda"])
+def test_planted_faults_are_named_and_the_rest_goes_on(backend: str, tmp_path: Path) -> None:
+    """A wrong kernel, a trap, an endless loop, and one that takes the process along."""
+    require_emulator()
+    if backend == "numba-cuda":
+        pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+    done = run(
+        "--emulate", PLANTED, "--stage", "1", "3", "--backend", backend, "--only", "smoke", "odd",
+        "--row-limit", "8", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 1
+    part = "smoke-cupy" if backend == "cupy" else "engine-numba-cuda"
+    rows = {op: row for (op, _), row in rows_of(tmp_path, part).items()}
+    crashing = {"sgd", "clip_by_global_norm"}
+    if backend == "cupy":
+        crashing |= {"recurrence", "recurrence_backward", cases.STEP}
+        assert "SIGABRT" in rows["recurrence"]["reason"]
+        assert "trap at clip_sgd.cu" in rows["sgd"]["reason"]
+    else:
+        assert "a planted trap" in rows["sgd"]["reason"]
+    assert rows["clip_by_global_norm"]["reason"].startswith("hung: no end within")
+    assert rows["gather"]["status"] == "wrong"
+    assert "z: error" in rows["gather"]["reason"]
+    assert {op for op, row in rows.items() if row["status"] == "crashed"} == crashing
+    right = {op for op, row in rows.items() if row["status"] == "right"}
+    assert right == set(cases.SMOKE_OPS) - crashing - {"gather"}
+    outcome = stored(tmp_path)["parts"][part]
+    assert outcome["status"] == "failed"
+    assert "gather odd (wrong)" in outcome["reason"]
+    assert "gather, odd: wrong: z: error" in done.stdout
+
+
+# --- Crashes and hangs, without an emulator ------------------------------------------------------
+
+
+def case(op: str, size: str = "odd", backend: str = "numpy") -> Case:
+    return Case("smoke", backend, op, size, Dims(2, 2, 3, 5), toy=True)
+
+
+def supervised(
+    folder: Path, todo: list[Case], opener: str, seconds: float = 60.0, limit: float = 3.0
+) -> tuple[CaseRun, dict[tuple[str, str], dict[str, Any]]]:
+    """Run cases on NumPy with what ``opener`` in ``opened.py`` makes of it."""
+    (folder / "opened.py").write_text(
+        "import os, time\nfrom fastrnn.backends.numpy_ import NumpyBackend\n"
+        "class Broken(NumpyBackend):\n"
+        "    def sgd(self, *a): time.sleep(600)\n"
+        "    def gather(self, *a, **k): os.kill(os.getpid(), 11)\n"
+        "    def sync(self):\n        if self.lost: raise RuntimeError('illegal address')\n"
+        "    lost = False\n"
+        "    def project(self, *a, **k):\n"
+        "        self.lost = True\n        raise RuntimeError('illegal address')\n"
+        "def broken(name): return Broken()\n"
+        "def absent(name): raise ImportError('no such library')\n"
+    )
+    with (folder / "log").open("ab") as log:
+        made = CaseRun(
+            todo, log, deadline=time.monotonic() + seconds, row_limit=limit,
+            stand_in=f"opened:{opener}", env={"PYTHONPATH": f"{supervisor.ROOT}:{folder}"},
+        )  # fmt: skip
+        rows = made.run()
+    return made, {(row["op"], row["size"]): row for row in rows}
+
+
+def test_a_crash_and_a_hang_cost_a_process_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "START_LIMIT", 20.0)
+    todo = [case("cross_entropy"), case("gather"), case("sgd"), case("clip_by_global_norm")]
+    made, rows = supervised(tmp_path, todo, "broken")
+    assert [row["status"] for row in rows.values()] == ["right", "crashed", "crashed", "right"]
+    assert "killed by SIGSEGV: Fatal Python error" in rows["gather", "odd"]["reason"]
+    assert rows["sgd", "odd"]["reason"].startswith("hung: no end within")
+    assert len(made.exits) == 3
+    assert "Current thread" in (tmp_path / "log").read_text(), "where it hung is in the log"
+
+
+def test_an_op_that_ends_processes_is_not_tried_at_every_size(tmp_path: Path) -> None:
+    todo = [case(op, size) for size in "abcde" for op in ("gather", "cross_entropy")]
+    made, rows = supervised(tmp_path, todo, "broken")
+    statuses = [rows["gather", size]["status"] for size in "abcde"]
+    assert statuses == ["crashed", "crashed", "skipped", "skipped", "skipped"]
+    assert rows["gather", "c"]["reason"] == "gather has ended 2 processes"
+    assert {rows["cross_entropy", size]["status"] for size in "abcde"} == {"right"}
+    assert len(made.exits) == 3
+
+
+def test_a_lost_context_is_left_behind(tmp_path: Path) -> None:
+    made, rows = supervised(tmp_path, [case("project"), case("cross_entropy")], "broken")
+    assert rows["project", "odd"]["status"] == "crashed"
+    assert rows["project", "odd"]["reason"] == "RuntimeError: illegal address"
+    assert rows["cross_entropy", "odd"]["status"] == "right"
+    assert made.exits == [3, 0]
+
+
+def test_what_cannot_be_opened_ends_soon_and_says_why(tmp_path: Path) -> None:
+    made, rows = supervised(tmp_path, [case("sgd", size) for size in "abcdef"], "absent")
+    assert len(made.exits) == 2
+    assert rows["sgd", "a"]["status"] == "crashed"
+    assert "no such library" in rows["sgd", "a"]["reason"]
+    assert rows["sgd", "f"]["status"] == "skipped"
+
+
+def test_rows_are_skipped_when_the_time_is_up(tmp_path: Path) -> None:
+    _, rows = supervised(tmp_path, [case("cross_entropy"), case("sgd")], "broken", 0.0)
+    assert {row["status"] for row in rows.values()} == {"skipped"}
+    assert rows["sgd", "odd"]["reason"] == "no time was left"
+
+
+def python_part(name: str, code: str, **options: Any) -> Part:
+    settings: dict[str, Any] = {"limit": 20.0, "least": 1.0, **options}
+    return Part(name, name.title(), 1, "cupy", task=code, **settings)
+
+
+WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"found\": 7}');"
+
+
+def test_a_process_that_fails_hangs_or_dies_costs_only_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gpu, "_command", lambda part, result, *_: [sys.executable, "-c", part.task, str(result)]
+    )
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    parts = [
+        python_part("good", WRITES),
+        python_part("bad", WRITES + "raise SystemExit('no such kernel')"),
+        python_part("dead", WRITES + "import os; os.kill(os.getpid(), 11)"),
+        python_part(
+            "stuck",
+            WRITES + "import subprocess, time;"
+            f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)",
+            limit=1.0,
+        ),
+        python_part("absent", "", absent=lambda stand_in: "no such tool"),
+        python_part("short of time", WRITES, least=1e6),
+        python_part("last", WRITES),
+    ]
+    begin = time.monotonic()
+    made = gpu.Run(tmp_path / "out")
+    made.run([(part, []) for part in parts], None)
+    assert time.monotonic() - begin < 20
+    found = made.found["parts"]
+    assert {name: outcome["status"] for name, outcome in found.items()} == {
+        "good": "ok", "bad": "failed", "dead": "failed", "stuck": "stopped", "absent": "absent",
+        "short of time": "skipped", "last": "ok",
+    }  # fmt: skip
+    assert "no such kernel" in found["bad"]["reason"]
+    assert found["stuck"]["reason"] == "no end within 1 s"
+    assert found["absent"]["reason"] == "no such tool"
+    assert "it needs 1000000" in found["short of time"]["reason"]
+    # What a part had found before it ended badly is kept.
+    assert {n for n, o in found.items() if o.get("result") == {"found": 7}} == {
+        "good", "bad", "dead", "stuck", "last",
+    }  # fmt: skip
+    assert "no such kernel" in (tmp_path / "out" / "gpu.log").read_text()
+    time.sleep(3.0)
+    assert not (tmp_path / "late").exists(), "a child of a stopped part lives on"
+
+
+def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path) -> None:
+    require_emulator()
+    command = [sys.executable, "-m", "benchmarks.gpu", "--emulate", "--only", "smoke-cupy",
+               "--out", str(tmp_path)]  # fmt: skip
+    with subprocess.Popen(command, cwd=supervisor.ROOT, stderr=subprocess.DEVNULL) as process:
+        for _ in range(600):
+            time.sleep(0.1)
+            parts = stored(tmp_path)["parts"] if (tmp_path / "gpu.json").exists() else {}
+            if len(parts.get("smoke-cupy", {}).get("result", {}).get("rows", [])) > 2:
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 143
+    outcome = stored(tmp_path)["parts"]["smoke-cupy"]
+    assert outcome["status"] == "stopped"
+    assert len(outcome["result"]["rows"]) > 2
+    time.sleep(0.5)
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in listed
+
+
+# --- The record ----------------------------------------------------------------------------------
+
+
+def row(op: str, status: str = "right", size: str = "odd", **more: Any) -> dict[str, Any]:
+    reason = {} if status == "right" else {"reason": "why"}
+    return {**encode(case(op, size, "cupy")), "status": status, "errors": {}, **reason, **more}
+
+
+def made_record(rows: list[dict[str, Any]], date: str, **more: Any) -> record.Record:
+    status, reason = record.judge(rows)
+    outcome = {"status": status, "stage": 1, "result": {"rows": rows}, "commit": date}
+    outcome |= {"reason": reason} if reason else {}
+    return {
+        "machine": MACHINE, "commit": {"id": "c" * 40}, "date": date, "emulated": False,
+        "parts": {"smoke-cupy": outcome}, **more,
+    }  # fmt: skip
+
+
+def test_a_case_survives_json() -> None:
+    one = case("gather")
+    assert decode(json.loads(json.dumps(encode(one)))) == one
+    assert key_of(encode(one)) == one.key == Key("smoke", "numpy", "gather", "odd")
+
+
+def test_a_mended_row_replaces_the_wrong_one_and_nothing_else() -> None:
+    first = made_record([row("gather"), row("sgd", "wrong"), row("project", "crashed")], "1")
+    assert first["parts"]["smoke-cupy"]["status"] == "failed"
+    second = made_record([row("sgd"), row("project", "skipped")], "2")
+    joined = record.join(first, second)
+    found = {r["op"]: r["status"] for r in joined["parts"]["smoke-cupy"]["result"]["rows"]}
+    assert found == {"gather": "right", "sgd": "right", "project": "crashed"}
+    assert joined["parts"]["smoke-cupy"]["status"] == "failed"
+    third = record.join(joined, made_record([row("project")], "3"))
+    assert third["parts"]["smoke-cupy"]["status"] == "ok"
+    assert "reason" not in third["parts"]["smoke-cupy"]
+    # The order in which they are given does not matter, their dates do.
+    assert record.join(second, first)["parts"] == joined["parts"]
+
+
+def test_a_part_that_was_not_run_again_keeps_its_result() -> None:
+    first = made_record([row("gather")], "1")
+    for status in ("skipped", "absent"):
+        second = made_record([], "2")
+        second["parts"] = {"smoke-cupy": {"status": status, "reason": "no time"}, "probe": {}}
+        joined = record.join(first, {**second, "parts": {**second["parts"]}})
+        assert joined["parts"]["smoke-cupy"]["status"] == "ok"
+
+
+def test_records_of_different_devices_are_not_joined() -> None:
+    one = made_record([row("gather")], "1")
+    with pytest.raises(ValueError, match="different stand-in or device"):
+        record.join(one, {**one, "emulated": True})
+    other = {**MACHINE, "gpus": [{"name": "NVIDIA H200", "driver": "1"}]}
+    with pytest.raises(ValueError, match=r"different GPUs cannot be joined.*H100.*H200"):
+        record.join(one, {**one, "machine": other})
+
+
+def test_merge_joins_folders_and_draws_the_report(tmp_path: Path) -> None:
+    for name, rows in (("a", [row("gather"), row("sgd", "wrong")]), ("b", [row("sgd")])):
+        (tmp_path / name).mkdir()
+        record.save(made_record(rows, name), tmp_path / name)
+        (tmp_path / name / "gpu.log").write_text(f"log {name}\n")
+    out = tmp_path / "out"
+    folders = [str(tmp_path / name) for name in "ab"]
+    assert gpu.main(["--merge", *folders, "--out", str(out)]) == 0
+    assert stored(out)["parts"]["smoke-cupy"]["status"] == "ok"
+    assert (out / "gpu.log").read_text() == "log a\nlog b\n"
+    assert "NVIDIA H100 80GB HBM3, driver 580.1" in (out / "gpu.md").read_text()
+    assert len(list(out.iterdir())) <= 8
+
+
+def test_merge_without_a_record_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--merge", str(tmp_path)]) == 2
+    assert "no gpu.json there" in capsys.readouterr().err
+    (tmp_path / "gpu.json").write_text("[]")
+    assert gpu.main(["--merge", str(tmp_path)]) == 2
+    assert "expected a record of `python -m benchmarks.gpu`" in capsys.readouterr().err
+
+
+def test_a_run_joins_what_lies_in_its_folder(tmp_path: Path) -> None:
+    first = run("--emulate", "--only", "probe", "--out", str(tmp_path), FASTRNN_COMMIT="f00d")
+    second = run("--emulate", "--only", "device-cupy", "--out", str(tmp_path))
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    assert set(stored(tmp_path)["parts"]) == {"probe", "device-cupy"}
+    log = (tmp_path / "gpu.log").read_text()
+    assert "===== probe" in log
+    assert "===== device-cupy" in log
+
+
+def test_the_commit_is_named_where_there_is_no_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRNN_COMMIT", "f00d")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "fastrnn")
+    assert provenance.commit() == {"id": "f00d"}
+    monkeypatch.delenv("FASTRNN_COMMIT")
+    assert provenance.commit() == {}
+
+
+def test_a_sanitizers_findings_belong_to_the_case_that_ran() -> None:
+    log = (
+        f"{MARK}smoke cupy gather odd\n========= COMPUTE-SANITIZER\n"
+        f"{MARK}smoke cupy sgd odd\n========= Invalid __global__ write of size 4 bytes\n"
+        "=========     at sgd_kernel+0x1\n========= Invalid __global__ read of size 4 bytes\n"
+        "========= ERROR SUMMARY: 2 errors\n"
+    )
+    found = findings(log, MARK)
+    assert found == {"smoke cupy sgd odd": "Invalid __global__ write of size 4 bytes"}
+    rows = [row("gather"), row("sgd")]
+    gpu._blame(rows, dict(found))
+    assert [r["status"] for r in rows] == ["right", "wrong"]
+    assert "Invalid __global__ write" in rows[1]["reason"]
+
+
+# --- The report ----------------------------------------------------------------------------------
+
+
+def timed(kind: str, op: str, seconds: float, **more: Any) -> dict[str, Any]:
+    found = row(op, size="headline", seconds=seconds, flop=1.0, bytes=1.0, **more)
+    return {**found, "kind": kind}
+
+
+def peers_part(name: str, workload: str, times: dict[str, float | None]) -> dict[str, Any]:
+    result = BenchResult(
+        machine=MACHINE, commit={}, date="", dims={"headline": {"T": 1, "B": 1, "H": 1, "V": 1}},
+        rows=[
+            BenchRow(
+                workload, "headline", peer, peer, peer == "cupy", "cuda", seconds=value,
+                status="ok" if value else "missing", reason="" if value else "not installed",
+            )
+            for peer, value in times.items()
+        ],
+    )  # fmt: skip
+    return {name: {"status": "ok", "result": {"bench": json.loads(result.to_json())}}}
 
 
 def test_goals_are_judged_by_what_was_measured() -> None:
-    def row(op: str, seconds: float) -> dict[str, Any]:
-        return {
-            "op": op, "size": "headline", "backend": "cupy", "seconds": seconds, "flop": 1.0,
-            "bytes": 1.0, "errors": {"h": [3e-7, 1e-7]},
-        }  # fmt: skip
-
-    rows = [row("recurrence", 11e-6), row("recurrence_backward", 15e-6)]
-    results = {"ops": {"rows": rows, "copy_bytes_per_second": 4e12}}
-    lines = {line.split("|")[1].strip(): line for line in gpu_parts.goals(results)}
+    rows = [
+        timed("ops", "recurrence", 11e-6, errors={"h": [3e-7, 1e-7]}),
+        timed("ops", "node: BPTT", 15e-6, errors={"dz": [1e-7, 1e-7]}),
+        timed("step", cases.STEP, 60e-6),
+    ]
+    found = made_record(rows, "1")
+    found["parts"]["ops-cupy"] = found["parts"].pop("smoke-cupy")
+    lines = {line.split("|")[1].strip(): line for line in report.goals(found)}
     assert "11 µs" in lines["recurrence forward"]
     assert "met" in lines["recurrence forward"]
-    assert "missed" in lines["recurrence backward"]
+    assert "missed" in lines["BPTT"]
+    assert "60 µs" in lines["captured training step"]
     assert "3 ×" in lines["largest error by plain float32's"]
     assert "missed" in lines["largest error by plain float32's"]
-    assert "not measured" in lines["training step"]
+    assert "not measured" in lines["20,000 training steps"]
     assert "not measured" in lines["recurrence, cuDNN by ours, graphs"]
 
-    # Graph against graph: ours from the ops, cuDNN's from the peers.
+    # Graph against graph: ours of the ops, cuDNN's of the peers.
     names = {"cudnn": 200e-6, "cudnn-graph": 55e-6, "cupy": 50e-6}
-    peers = BenchResult(
-        machine={}, commit={}, date="", dims={},
-        rows=[
-            Row("recurrence", "headline", name, name, name == "cupy", "cuda", seconds=time)
-            for name, time in names.items()
-        ],
-    )  # fmt: skip
-    results["peers"] = {"bench": json.loads(peers.to_json())}
-    lines = {line.split("|")[1].strip(): line for line in gpu_parts.goals(results)}
+    found["parts"] |= peers_part("peers-recurrence", "recurrence", dict(names))
+    found["parts"] |= peers_part("peers-step", "step", {"cudnn": 1.0, "cudnn-graph": 240e-6})
+    lines = {line.split("|")[1].strip(): line for line in report.goals(found)}
     assert "5 ×" in lines["recurrence, cuDNN by ours, graphs"]
+    assert "4 ×" in lines["captured step, best peer's graph by ours"]
+    text = report.markdown(found)
+    assert "| recurrence" in text
+    assert "13.5 µs" in text, "the prediction stands beside it"
+
+
+def test_a_peer_that_cannot_be_had_is_absent() -> None:
+    part = peers_part("peers-compiled", "recurrence", {"flashrnn-elman": None, "cupy": 1.0})
+    result = part["peers-compiled"]["result"]
+    assert report.absence(result) == "no peer could be had: flashrnn-elman: not installed"
+    part = peers_part("peers-compiled", "recurrence", {"flashrnn-elman": None, "cudnn": 1.0})
+    assert report.absence(part["peers-compiled"]["result"]) is None
+
+
+def test_the_table_of_verdicts_names_what_is_not_right() -> None:
+    rows = [row("gather", errors={"z": [1e-8, None]}), row("gather", "wrong", "H100"), row("sgd")]
+    text = "\n".join(report._row_tables(rows, None))
+    assert "| gather" in text
+    assert "1.0e-08" in text
+    assert "- cupy: gather, H100: wrong: why" in text
+
+
+def test_every_part_has_a_name_of_its_own_and_a_way_to_run() -> None:
+    assert len({part.name for part in PARTS}) == len(PARTS)
+    for part in PARTS:
+        ways = [bool(part.cases), bool(part.task), bool(part.tests), bool(part.profiler)]
+        assert sum(ways) == 1, part.name
+    assert replace(BY_NAME["smoke-cupy"], name="x-cupy").short == "x"

@@ -1,0 +1,350 @@
+"""What a machine with a GPU can say, in three stages of under three minutes each.
+
+    python -m benchmarks.gpu [--stage 1|2|3] [--only PART …] [--backend NAME …]
+                             [--out FOLDER] [--minutes M]
+    python -m benchmarks.gpu --merge FOLDER … [--out FOLDER]
+
+Without --stage all three run in a row. Every part runs in processes of its own with a time limit:
+what fails, crashes or hangs is recorded and the rest goes on. After every row gpu.json is written
+anew, after every part gpu.md and gpu.log, in FOLDER (default: benchmarks/results/MACHINE), beside
+what is there of earlier runs. --only takes names of parts, ops and sizes. --merge joins the
+folders of runs made apart. Nothing is installed or fetched; a plain checkout is enough, whose
+commit FASTRNN_COMMIT names where there is no .git. --emulate puts an emulator and a simulator in
+the GPU's place, at toy sizes: that tries the run, its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.gpu import record, report
+from benchmarks.gpu.cases import Case
+from benchmarks.gpu.parts import PARTS, ROW_LIMIT, STAGE_SECONDS, Part, Selection
+from benchmarks.gpu.supervisor import CaseRun, environment, last_line, run_command
+from benchmarks.gpu.tasks import findings, tool
+from benchmarks.gpu.worker import MARK
+from benchmarks.report import RESULTS
+from fastrnn.bench import commit, machine, machine_slug
+
+STAND_INS = "tests.gpu_stand_ins:open_stand_in"
+STAND_IN_PATIENCE = 10.0
+
+
+@dataclass
+class Run:
+    """One invocation: what it has found so far, and where that is kept."""
+
+    out: Path
+    stand_in: str | None = None
+    row_limit: float = ROW_LIMIT
+    before: record.Record | None = None
+    found: record.Record = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.before = record.load(self.out)
+        self.found = {
+            "machine": machine(),
+            "commit": commit(),
+            "date": _now(),
+            "emulated": self.stand_in is not None,
+            "parts": {},
+        }
+        self.saved = 0.0
+        self.save()  # a folder that cannot be written or joined is noticed before anything runs
+
+    @property
+    def patience(self) -> float:
+        """By how much the limits of stages and parts are wider: a stand-in is slow."""
+        return 1.0 if self.stand_in is None else STAND_IN_PATIENCE
+
+    def save(self, markdown: bool = True) -> record.Record:
+        joined = record.join(self.before, self.found)
+        record.save(joined, self.out)
+        if markdown:
+            (self.out / record.MARKDOWN).write_text(report.markdown(joined), encoding="utf-8")
+        self.saved = time.monotonic()
+        return joined
+
+    def run(self, parts: Sequence[tuple[Part, list[Case]]], minutes: float | None) -> None:
+        """Run the parts, stage by stage."""
+        end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+        for stage in sorted({part.stage for part, _ in parts}):
+            seconds = STAGE_SECONDS[stage] * self.patience
+            limit = time.monotonic() + (seconds if minutes is None else 60 * minutes)
+            for part, cases in parts:
+                if part.stage == stage:
+                    self.part(part, cases, min(limit, end))
+
+    def part(self, part: Part, cases: list[Case], end: float) -> None:
+        """Run one part within the time that is left."""
+        begin, left = time.monotonic(), end - time.monotonic()
+        outcome: dict[str, Any] = {"stage": part.stage, "date": _now(), "commit": _commit_id()}
+        self.found["parts"][part.name] = outcome
+        reason = part.absent(self.stand_in is not None)
+        if reason is not None:
+            outcome |= {"status": "absent", "reason": reason}
+        elif left < part.least:
+            reason = f"{max(0.0, left):.0f} s were left, it needs {part.least:.0f}"
+            outcome |= {"status": "skipped", "reason": reason}
+        else:
+            print(f"{part.title} …", file=sys.stderr, flush=True)
+            with (self.out / record.LOG).open("ab") as log:
+                log.write(f"\n===== {part.name}: {part.title}, {_now()}\n".encode())
+                log.flush()
+                at = log.tell()
+                outcome["status"] = "stopped"  # until it has ended
+                limit = min(part.limit * self.patience, left)
+                if part.cases:
+                    self._cases(part, cases, outcome, log, limit)
+                else:
+                    self._process(part, outcome, log, limit)
+                if outcome["status"] == "failed" and "reason" not in outcome:
+                    outcome["reason"] = last_line(log, at)
+            outcome["seconds"] = round(time.monotonic() - begin, 1)
+        self.save()
+
+    def _cases(
+        self, part: Part, cases: list[Case], outcome: dict[str, Any], log: IO[bytes], limit: float
+    ) -> None:
+        rows: list[dict[str, Any]] = []
+        outcome["result"] = {"rows": rows}
+
+        def on_row(row: dict[str, Any]) -> None:
+            rows.append(row | {"commit": outcome["commit"]})
+            if row["status"] in ("wrong", "crashed"):
+                print(f"  {row['op']}, {row['size']}: {row['status']}: {row['reason']}",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            if time.monotonic() - self.saved > 1.0:
+                self.save(markdown=False)
+
+        at = log.tell()
+        run = CaseRun(
+            cases, log, deadline=time.monotonic() + limit, row_limit=self.row_limit,
+            stand_in=self.stand_in, prefix=part.prefix() if part.prefix else (), pool=part.pool,
+            env=self._env(part), on_row=on_row,
+        )  # fmt: skip
+        run.run()
+        if part.prefix:
+            _blame(rows, findings(_text_since(log, at), MARK))
+        outcome["status"], reason = record.judge(rows)
+        if reason:
+            outcome["reason"] = reason
+
+    def _process(self, part: Part, outcome: dict[str, Any], log: IO[bytes], limit: float) -> None:
+        """A task, the tests, or a profiler: one process, and the file that it leaves."""
+        result = self.out / f"{part.name}.tmp"
+        result.unlink(missing_ok=True)
+        work = result.with_suffix(".work.tmp")
+        at = log.tell()
+        try:
+            code, _ = run_command(
+                _command(part, result, work, self.stand_in), log, limit,
+                environment(**self._env(part)),
+            )  # fmt: skip
+            if result.exists():
+                with contextlib.suppress(ValueError, ET.ParseError):
+                    outcome["result"] = (
+                        _junit(result) if part.tests else json.loads(result.read_text())
+                    )
+        finally:
+            for leftover in self.out.glob(f"{part.name}*.tmp"):
+                leftover.unlink()
+        if part.profiler:
+            outcome["result"] = {"text": _text_since(log, at)[-6000:]}
+        if code is None:
+            outcome |= {"status": "stopped", "reason": f"no end within {limit:.0f} s"}
+        elif code == 0:
+            outcome["status"] = "ok"
+            absent = report.absence(outcome.get("result", {}))
+            if absent:
+                outcome |= {"status": "absent", "reason": absent}
+        else:
+            reason = f"exit status {code}: {last_line(log, at)}"
+            outcome |= {"status": "failed", "reason": reason}
+
+    def _env(self, part: Part) -> dict[str, str]:
+        env = dict(part.env)
+        if self.stand_in is None:
+            env["FASTRNN_REQUIRE_GPU"] = part.backend or "1"
+        elif part.backend == "numba-cuda":
+            env["NUMBA_ENABLE_CUDASIM"] = "1"
+        return env
+
+
+def _command(part: Part, result: Path, work: Path, stand_in: str | None) -> list[str]:
+    """The command of a part that has no cases."""
+    python = [sys.executable, "-m"]
+    if part.tests:
+        if stand_in:
+            return [*python, "pytest", "-q", "-p", "no:cacheprovider", "-n", "0",
+                    f"--junitxml={result}", "tests/test_step.py", "-k",
+                    "sm_90 and smallest and carried and not late"]  # fmt: skip
+        return [*python, "pytest", "-q", "-p", "no:cacheprovider", "-n", "6",
+                f"--junitxml={result}", *part.tests, "-k", part.keyword]  # fmt: skip
+    if part.profiler:
+        case = next(
+            case
+            for other in PARTS
+            if other.name == "ops-cupy" and other.cases
+            for case in other.cases(False)
+            if case.op == "project"
+        )
+        _write_work(work, [case], None, events=result)
+        return [str(tool(part.profiler)), "--target-processes", "all", "--clock-control", "none",
+                "--kernel-name", "regex:gemm", "--launch-count", "2", "--section", "SpeedOfLight",
+                "--section", "Occupancy", "--section", "WarpStateStats", "--section",
+                "SchedulerStats", *python, "benchmarks.gpu.worker", str(work)]  # fmt: skip
+    work.write_text(
+        json.dumps(
+            {
+                "task": part.task, "backend": part.backend, "result": str(result),
+                "stand_in": stand_in,
+            }
+        )
+    )  # fmt: skip
+    return [*python, "benchmarks.gpu.worker", str(work)]
+
+
+def _write_work(path: Path, cases: list[Case], stand_in: str | None, events: Path) -> None:
+    from benchmarks.gpu.worker import encode
+
+    path.write_text(
+        json.dumps(
+            {
+                "cases": [encode(case) for case in cases], "events": str(events),
+                "stand_in": stand_in, "pool": True,
+            }
+        )
+    )  # fmt: skip
+
+
+def _text_since(log: IO[bytes], at: int) -> str:
+    log.flush()
+    with open(log.name, "rb") as reader:
+        reader.seek(at)
+        return reader.read().decode(errors="replace")
+
+
+def _blame(rows: list[dict[str, Any]], found: dict[str, str]) -> None:
+    """Mark the rows during which a sanitizer reported something."""
+    for row in rows:
+        label = " ".join(row[k] for k in ("kind", "backend", "op", "size"))
+        if label in found:
+            row |= {"status": "wrong", "reason": found.pop(label)}
+    if found and rows:
+        where, what = next(iter(found.items()))
+        rows[0] |= {"status": "wrong", "reason": f"{where}: {what}"}
+
+
+def _junit(path: Path) -> dict[str, Any]:
+    """Counts, and the names of the tests that failed."""
+    suite = next(ET.parse(path).getroot().iter("testsuite"))
+    failed = [
+        f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    return {**counts, "failed": failed}
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _commit_id() -> str:
+    return str(commit().get("id", ""))[:10]
+
+
+def merge(folders: Sequence[Path], out: Path | None) -> Path:
+    """Join the records of several folders, and their logs; the folder of the result.
+
+    Raises:
+        ValueError: a folder without a record, or records that do not belong together.
+    """
+    found = []
+    for folder in folders:
+        loaded = record.load(folder)
+        if loaded is None:
+            raise ValueError(f"{folder}: no {record.JSON} there")
+        found.append(loaded)
+    target = out or RESULTS / machine_slug(found[0]["machine"])
+    joined = record.load(target) if target.exists() else None
+    for one in found:
+        joined = record.join(joined, one)
+    assert joined is not None
+    logs = [f / record.LOG for f in folders if f.resolve() != target.resolve()]
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / record.LOG).open("ab") as log:
+        for path in logs:
+            if path.exists():
+                log.write(path.read_bytes())
+    record.save(joined, target)
+    (target / record.MARKDOWN).write_text(report.markdown(joined), encoding="utf-8")
+    return target
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--stage", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART",
+                        help="parts, kinds of rows, ops, sizes")  # fmt: skip
+    parser.add_argument("--backend", nargs="+", default=[], choices=("cupy", "numba-cuda"))
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/MACHINE")
+    parser.add_argument("--minutes", type=float, help="for all together; default: a stage's own")
+    parser.add_argument("--row-limit", type=float, default=ROW_LIMIT, metavar="SECONDS",
+                        help="after which a row counts as hung (default: %(default)g)")  # fmt: skip
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--list", action="store_true", help="what would run, and end")
+    parser.add_argument("--emulate", nargs="?", const=STAND_INS, metavar="MODULE:FUNCTION",
+                        help="what opens a stand-in for a GPU by a backend's name")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        if options.merge:
+            print(merge(options.merge, options.out) / record.MARKDOWN)
+            return 0
+        stand_in = options.emulate is not None
+        selection = Selection(options.stage, options.only, options.backend, stand_in)
+        chosen = selection.parts()
+        if options.list:
+            for part, cases in chosen:
+                rows = f", {len(cases)} rows" if part.cases else ""
+                print(f"stage {part.stage}: {part.name}: {part.title}{rows}")
+            return 0
+        about = machine()
+        if not about["gpus"] and not stand_in:
+            print("no NVIDIA GPU found: nvidia-smi lists none; --emulate tries the run without one")
+            return 2
+        run = Run(options.out or RESULTS / machine_slug(about), options.emulate, options.row_limit)
+    except (ValueError, OSError) as error:
+        print(f"python -m benchmarks.gpu: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the parts' processes too
+    run.run(chosen, options.minutes)
+    joined = run.save()
+    names = [part.name for part, _ in chosen]
+    print("\n".join(report.short(joined, names)))
+    print(f"\n{run.out / record.MARKDOWN}")
+    ended = [joined["parts"][name]["status"] for name in names]
+    return 0 if all(status in ("ok", "absent") for status in ended) else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main())

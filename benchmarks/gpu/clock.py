@@ -1,0 +1,186 @@
+"""Device time of a call: replays of a graph of many, between two events.
+
+On an idle device the clocks are low and the first event is over before the host has launched the
+graph, so the device spins before every timed replay, and for a tenth of a second after host work.
+A stand-in has no device time: a host clock stands around one call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastrnn.backend import Backend
+
+LEAST_SECONDS, MOST_CALLS, REPLAYS = 2e-3, 512, 7
+WARM_NS, LAUNCH_NS = 100_000_000, 100_000
+"""What the device spins before the first replay of a call, and before each: the time that the host
+takes to launch a graph."""
+
+Call = Callable[[], Any]
+
+SPIN = r"""
+extern "C" __global__ void spin(long long nanoseconds) {
+    long long begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - begin < nanoseconds);
+}
+"""
+
+
+def is_stand_in(backend: Backend) -> bool:
+    """Whether something else than a GPU runs the backend."""
+    device = getattr(backend, "device", None)
+    return type(device).__name__ == "EmulatedDevice" or bool(getattr(backend, "simulated", False))
+
+
+def seconds(backend: Backend, call: Call) -> float:
+    """Device time of one ``call``: the median over replays of a graph of many."""
+    if is_stand_in(backend):
+        return _host_seconds(call)
+    call()
+    backend.sync()
+    graph = Replay(backend, lambda _: call(), 1)
+    graph.warm_up()
+    once = graph.seconds()
+    repeats = int(min(MOST_CALLS, max(1, LEAST_SECONDS / max(once, 1e-7))))
+    many = Replay(backend, lambda _: call(), repeats)
+    many.warm_up()
+    return statistics.median(many.seconds() for _ in range(REPLAYS)) / repeats
+
+
+def seconds_restored(
+    backend: Backend, submit: Callable[[int], Any], restore: Call, repeats: int = 32
+) -> float:
+    """The same of calls that change what they work on.
+
+    Args:
+        submit: the ``i``-th of ``repeats`` calls in a row, each of which has work to do.
+        restore: puts back what they changed, before each replay.
+    """
+    restore()
+    if is_stand_in(backend):
+        return _host_seconds(lambda: submit(0))
+    graph = Replay(backend, submit, repeats)
+    graph.warm_up()
+    times = []
+    for _ in range(REPLAYS):
+        restore()
+        graph.warm_up()  # the host has just copied
+        restore()
+        times.append(graph.seconds())
+    return statistics.median(times) / repeats
+
+
+def _host_seconds(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def wall(call: Call, repeats: int = 5) -> float:
+    """Median wall-clock seconds of a call that ends with the device idle."""
+    return statistics.median(_host_seconds(call) for _ in range(repeats))
+
+
+class Replay:
+    """``repeats`` calls captured as a graph, to be replayed between two events.
+
+    Args:
+        submit: submits the ``i``-th call to the backend's stream. Everything it needs has been
+            compiled and allocated by a call before.
+    """
+
+    def __init__(self, backend: Backend, submit: Callable[[int], Any], repeats: int) -> None:
+        def record() -> None:
+            for i in range(repeats):
+                submit(i)
+
+        if backend.name == "cupy":
+            self._open_cupy(backend, record)
+        else:
+            self._open_numba(backend, record)
+
+    _launch: Callable[[], Any]
+    _record: Callable[[int], Any]
+    _wait: Callable[[], Any]
+    _elapsed: Callable[[], Any]
+
+    def _open_cupy(self, backend: Backend, record: Call) -> None:
+        cupy = importlib.import_module("cupy")
+        graph = backend.device.capture(record)  # type: ignore[attr-defined]
+        events = cupy.cuda.Event(), cupy.cuda.Event()
+        self._stream = cupy.cuda.get_current_stream().ptr
+        self._launch = graph.launch
+        self._record = lambda i: events[i].record()
+        self._wait = events[1].synchronize
+        self._elapsed = lambda: cupy.cuda.get_elapsed_time(*events)
+
+    def _open_numba(self, backend: Backend, record: Call) -> None:
+        from fastrnn.backends.numba_cuda import Graph, maintained_cuda
+
+        cuda = maintained_cuda()
+        stream = backend.stream  # type: ignore[attr-defined]
+        graph = Graph(stream)
+        with cuda.defer_cleanup(), graph.capture():
+            record()
+        events = cuda.event(), cuda.event()
+        self._stream = int(stream)
+        self._launch = graph.launch
+        self._record = lambda i: events[i].record(stream)
+        self._wait = events[1].synchronize
+        self._elapsed = lambda: cuda.event_elapsed_time(*events)
+
+    def seconds(self) -> float:
+        """Of one replay."""
+        _spin(self._stream, LAUNCH_NS)
+        self._record(0)
+        self._launch()
+        self._record(1)
+        self._wait()
+        return float(self._elapsed()) * 1e-3
+
+    def warm_up(self) -> None:
+        """Raise the clocks, then replay once."""
+        _spin(self._stream, WARM_NS)
+        self.seconds()
+
+
+class _ForeignStream:
+    """A stream by its handle, as other libraries take it (the CUDA stream protocol)."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+@functools.cache
+def _spin_kernel() -> Any:
+    """None without CuPy: then the launch of a graph is timed with it."""
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError:
+        return None
+    return cupy.RawKernel(SPIN, "spin")
+
+
+def _spin(handle: int, nanoseconds: int) -> None:
+    """Keep a stream of the device busy for so long."""
+    kernel = _spin_kernel()
+    if kernel is None:
+        return
+    stream = importlib.import_module("cupy").cuda.Stream
+    if hasattr(stream, "from_external"):
+        foreign = stream.from_external(_ForeignStream(handle))
+    else:  # before CuPy 14
+        foreign = importlib.import_module("cupy").cuda.ExternalStream(handle)
+    with foreign:
+        kernel((1,), (1,), (np.int64(nanoseconds),))

@@ -1,0 +1,206 @@
+"""What is run, in which stage, in which order, within how many seconds.
+
+The order is that of the evidence's worth: is the CUDA C engine right, how fast is it, how fast are
+the peers, which plans should it choose; then sanitizers and the Numba CUDA engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+
+from benchmarks.gpu import cases
+from benchmarks.gpu.cases import Case
+from benchmarks.gpu.tasks import tool
+
+STAGE_SECONDS = {1: 165.0, 2: 175.0, 3: 150.0}
+"""What a stage may take; ``--minutes`` replaces it."""
+ROW_LIMIT = 45.0
+
+Absent = Callable[[bool], str | None]
+"""Why a part cannot run here, or None; given whether a stand-in takes the GPU's place."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the run: cases, a task, or a command.
+
+    Attributes:
+        name: what ``--only`` takes, in whole or up to the backend. title: its heading.
+        stage: 1, 2 or 3. backend: the one it is about, or "".
+        limit: seconds after which it is stopped. least: below which it is not begun.
+        cases: given whether they are for a stand-in. task: a name in :mod:`tasks`.
+        tests: files of tests, and the expression of pytest's -k. profiler: a tool on PATH.
+        prefix: before the interpreter that runs the cases. pool: whether CuPy keeps freed memory.
+        absent: see :data:`Absent`. env: of its processes.
+    """
+
+    name: str
+    title: str
+    stage: int
+    backend: str
+    limit: float
+    least: float = 10.0
+    cases: Callable[[bool], list[Case]] | None = None
+    task: str | None = None
+    tests: Sequence[str] = ()
+    keyword: str = ""
+    profiler: str | None = None
+    prefix: Callable[[], Sequence[str]] | None = None
+    pool: bool = True
+    absent: Absent = lambda stand_in: None
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def short(self) -> str:
+        """The name without the backend."""
+        return self.name.removesuffix(f"-{self.backend}")
+
+
+def _device_only(stand_in: bool) -> str | None:
+    return "it needs a device" if stand_in else None
+
+
+def _needs(module: str, stand_in_too: bool = True) -> Absent:
+    def absent(stand_in: bool) -> str | None:
+        if stand_in and not stand_in_too:
+            return "it needs a device"
+        return None if find_spec(module) else f"{module} is not installed"
+
+    return absent
+
+
+def _needs_tool(name: str) -> Absent:
+    def absent(stand_in: bool) -> str | None:
+        if stand_in:
+            return "it needs a device"
+        return None if tool(name) else f"{name} is not installed (part of the CUDA toolkit)"
+
+    return absent
+
+
+def _sanitizer(name: str) -> Callable[[], Sequence[str]]:
+    return lambda: (
+        str(tool("compute-sanitizer")), f"--tool={name}", "--error-exitcode=9", "--print-limit=20",
+        "--target-processes=all",
+    )  # fmt: skip
+
+
+def _numba_cuda(toy: bool) -> list[Case]:
+    """Everything of the Numba CUDA engine in one process, which compiles its kernels once."""
+    name = "numba-cuda"
+    return [*cases.smoke(name, toy), *cases.step(name, toy), *cases.ops(name, toy)]
+
+
+TESTS = (
+    "tests/test_ops.py", "tests/test_step.py", "tests/test_decoding.py", "tests/test_trainer.py",
+    "tests/test_ops_dispatch.py", "tests/test_torch_ops.py",
+)  # fmt: skip
+
+PARTS = (
+    Part("probe", "Versions and tools", 1, "", 20, 2, task="probe"),
+    Part("device-cupy", "The device", 1, "cupy", 30, 5, task="device"),
+    Part("compile-cupy", "Compiling ahead", 1, "cupy", 40, 5, task="compile", absent=_device_only),
+    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", 60, cases=partial(cases.smoke, "cupy")),
+    Part("ops-cupy", "Ops and kernels of the step: CUDA C", 1, "cupy", 60,
+         cases=partial(cases.ops, "cupy")),
+    Part("step-cupy", "Steps, epochs, characters: CUDA C", 1, "cupy", 40,
+         cases=partial(cases.step, "cupy")),
+    Part("torch-cupy", "fastrnn.torch and fastrnn.ops", 1, "cupy", 45, cases=cases.torch,
+         absent=_needs("torch")),
+    Part("tests-cupy", "Tests on the device: CUDA C", 1, "cupy", 60, 20, tests=TESTS,
+         keyword="(cupy or cuda) and not numba-cuda and not sm_"),
+
+    Part("peers-step", "Against peers: the training step", 2, "cupy", 60, 20, task="peers-step"),
+    Part("peers-recurrence", "Against peers: the recurrence", 2, "cupy", 60, 20,
+         task="peers-recurrence"),
+    Part("peers-generate", "Against peers: generation", 2, "cupy", 45, 15, task="peers-generate"),
+    Part("peers-bptt", "Against peers: forward and BPTT", 2, "cupy", 60, 20, task="peers-bptt"),
+    Part("peers-cross-entropy", "Against peers: cross entropy", 2, "cupy", 45, 15,
+         task="peers-cross-entropy"),
+    Part("tuner-cupy", "Plans", 2, "cupy", 50, 15, task="tuner"),
+    Part("large-cupy", "Ops that fit no cache: CUDA C", 2, "cupy", 60, 15,
+         cases=partial(cases.large, "cupy")),
+
+    Part("memcheck-cupy", "compute-sanitizer memcheck", 3, "cupy", 60, 15,
+         cases=partial(cases.smoke, "cupy", sizes=cases.MEMCHECK), pool=False,
+         prefix=_sanitizer("memcheck"), absent=_needs_tool("compute-sanitizer")),
+    Part("racecheck-cupy", "compute-sanitizer racecheck", 3, "cupy", 40, 15,
+         cases=partial(cases.smoke, "cupy", sizes=cases.RACECHECK), pool=False,
+         prefix=_sanitizer("racecheck"), absent=_needs_tool("compute-sanitizer")),
+    Part("device-numba-cuda", "The device: Numba CUDA", 3, "numba-cuda", 30, 5, task="device"),
+    Part("engine-numba-cuda", "Right or wrong, ops and steps: Numba CUDA", 3, "numba-cuda", 100, 30,
+         cases=_numba_cuda),
+    Part("peers-compiled", "Against peers that compile for long", 3, "cupy", 60, 30,
+         task="peers-compiled", absent=_device_only),
+    Part("profile-cupy", "Nsight Compute on project", 3, "cupy", 40, 20, profiler="ncu",
+         absent=_needs_tool("ncu")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of the parts is to be run.
+
+    Attributes:
+        stages: of 1, 2, 3. words: of ``--only``: parts, kinds of cases, ops, sizes.
+        backends: of ``--backend``.
+    """
+
+    stages: Sequence[int] = (1, 2, 3)
+    words: Sequence[str] = ()
+    backends: Sequence[str] = ()
+    stand_in: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [w for w in self.words if not any(w in known for known in self._vocabulary())]
+        if unknown:
+            parts, kinds, ops, sizes = self._vocabulary()
+            raise ValueError(
+                f"unknown {', '.join(map(repr, unknown))}: expected parts ({', '.join(parts)}), "
+                f"kinds of rows ({', '.join(kinds)}), ops ({', '.join(ops)}) or sizes "
+                f"({', '.join(sizes)})"
+            )
+
+    def _vocabulary(self) -> tuple[list[str], list[str], list[str], list[str]]:
+        found = [case for part in PARTS if part.cases for case in part.cases(self.stand_in)]
+        names = [name for part in PARTS for name in (part.name, part.short)]
+        return (
+            list(dict.fromkeys(names)),
+            list(dict.fromkeys(case.kind for case in found)),
+            list(dict.fromkeys(case.op for case in found)),
+            list(dict.fromkeys(case.size for case in found)),
+        )
+
+    def parts(self) -> list[tuple[Part, list[Case]]]:
+        """The parts that are to be run, and their cases."""
+        names, kinds, ops, sizes = self._vocabulary()
+        chosen = [
+            part
+            for part in PARTS
+            if part.stage in self.stages and (not self.backends or part.backend in self.backends)
+        ]
+        by_part = {w for w in self.words if w in names}
+        by_kind = {w for w in self.words if w in kinds and w not in names}
+        by_op, by_size = ({w for w in self.words if w in known} for known in (ops, sizes))
+        found = []
+        for part in chosen:
+            rows = part.cases(self.stand_in) if part.cases else []
+            named = bool(by_part & {part.name, part.short})
+            kinds_of = by_kind | (by_part & set(kinds))
+            if (by_part or by_kind) and not named:
+                rows = [case for case in rows if case.kind in kinds_of]
+                if not rows:
+                    continue
+            if by_op or by_size:
+                rows = [
+                    case
+                    for case in rows
+                    if (not by_op or case.op in by_op) and (not by_size or case.size in by_size)
+                ]
+                if not rows:
+                    continue
+            found.append((part, rows))
+        return found

@@ -1,0 +1,106 @@
+"""``gpu.json``: what was run, where, at which commit; joining it with what was run before.
+
+    machine, commit, date, emulated     of the last run
+    parts.NAME.status                   ok, failed, stopped, skipped or absent
+    parts.NAME.reason, .seconds, .stage, .commit, .date
+    parts.NAME.result                   of a task; of cases: {"rows": [...]}
+
+A row has kind, backend, op, size, dims and status ("right", "wrong", "crashed", "skipped"), and
+where there are any errors, seconds, FLOP, bytes and the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.worker import key_of
+
+Record = dict[str, Any]
+JSON, MARKDOWN, LOG = "gpu.json", "gpu.md", "gpu.log"
+VERDICTS = ("right", "wrong", "crashed")
+
+
+def load(folder: Path) -> Record | None:
+    """The record in a folder, if there is one.
+
+    Raises:
+        ValueError: what lies there is something else.
+    """
+    path = folder / JSON
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        parts = record["parts"]
+        for name, outcome in parts.items():
+            if not isinstance(outcome["status"], str):
+                raise TypeError(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a record of `python -m benchmarks.gpu`: {error!r}"
+        ) from error
+    return dict(record)
+
+
+def save(record: Record, folder: Path) -> None:
+    """Write the record so that an interruption leaves the old one or the new one."""
+    partial = folder / f"{JSON}.tmp"
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(folder / JSON)
+
+
+def join(old: Record | None, new: Record) -> Record:
+    """Both; of what both have, the new one, unless it did not come to a verdict.
+
+    Raises:
+        ValueError: one is of an emulator and the other of a device, or their GPUs differ.
+    """
+    if old is None:
+        return new
+    for what, values in (
+        ("stand-in or device", [r["emulated"] for r in (old, new)]),
+        ("GPUs", [sorted(g["name"] for g in r["machine"]["gpus"]) for r in (old, new)]),
+    ):
+        if values[0] != values[1]:
+            raise ValueError(f"records of different {what} cannot be joined: {values}")
+    first, last = sorted((old, new), key=lambda r: str(r["date"]))
+    if first is not old:  # given in another order than they were made
+        old, new = first, last
+    parts = dict(old["parts"])
+    for name, outcome in new["parts"].items():
+        parts[name] = _join_outcomes(parts.get(name), outcome)
+    return {**old, **new, "parts": parts}
+
+
+def _join_outcomes(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    if old is None or "result" not in old:
+        return old if old is not None and new["status"] in ("absent", "skipped") else new
+    if "result" not in new:
+        return old if new["status"] in ("absent", "skipped") else {**new, "result": old["result"]}
+    if "rows" not in new["result"] or "rows" not in old["result"]:
+        return new
+    rows = {key_of(row): row for row in old["result"]["rows"]}
+    for row in new["result"]["rows"]:
+        if row["status"] in VERDICTS or key_of(row) not in rows:
+            rows.pop(key_of(row), None)
+            rows[key_of(row)] = row
+    joined = {**new, "result": {**old["result"], **new["result"], "rows": list(rows.values())}}
+    joined["status"], reason = judge(rows.values())
+    joined.pop("reason", None)
+    return joined | ({"reason": reason} if reason else {})
+
+
+def judge(rows: Iterable[dict[str, Any]]) -> tuple[str, str]:
+    """The status of a part by its rows, and which of them are to blame."""
+    rows = list(rows)
+    bad = [row for row in rows if row["status"] in ("wrong", "crashed")]
+    if bad:
+        named = ", ".join(f"{row['op']} {row['size']} ({row['status']})" for row in bad[:6])
+        return "failed", f"{len(bad)} of {len(rows)}: {named}{', …' if len(bad) > 6 else ''}"
+    left = [row for row in rows if row["status"] == "skipped"]
+    if left:
+        return "stopped", f"{len(left)} of {len(rows)} not run: {left[0]['reason']}"
+    return "ok", ""

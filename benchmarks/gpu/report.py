@@ -1,0 +1,288 @@
+"""``gpu.md``: what was right, how fast it was, and what had been predicted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.gpu import cases
+from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.tasks import bench_of
+from fastrnn.bench import BenchResult, format_seconds, markdown_table
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+PREDICTED: dict[tuple[str, str, str], float] = {
+    ("ops", "recurrence", "headline"): 13.5e-6,
+    ("ops", "recurrence_backward", "headline"): 19e-6,
+    ("ops", "recurrence", "H512"): 48e-6,
+    ("ops", "recurrence", "H1024"): 200e-6,
+    ("ops", "node: recurrence", "headline"): 13.5e-6,
+    ("ops", "node: project", "headline"): 10.3e-6,
+    ("ops", "node: cross entropy", "headline"): 2.5e-6,
+    ("ops", "node: dh", "headline"): 10.7e-6,
+    ("ops", "node: BPTT", "headline"): 10.8e-6,
+    ("ops", "node: dW_hq", "headline"): 13.6e-6,
+    ("ops", "node: dW_hh", "headline"): 6.9e-6,
+    ("ops", "node: clip and sgd", "headline"): 3.7e-6,
+    ("step", cases.STEP, "headline"): 73e-6,
+    ("step", cases.EPOCH, "headline"): 8 * 73e-6,
+    ("step", cases.LONG_RUN, "headline"): 20_000 * 73e-6,
+    ("step", "character", "headline"): 0.6e-6,
+    ("step", "character sampled", "headline"): 1.1e-6,
+}
+"""Seconds predicted for an H100 from the machine code of the kernels, by kind, op and size. Between
+two nodes of a graph lie 1.2 to 1.4 µs, which a measured node contains and a predicted one does
+not."""
+
+MEMORY_BOUND = ("gather", "gather_backward", "cross_entropy", "clip_by_global_norm", "sgd")
+
+
+# --- What the parts found ----------------------------------------------------------------------
+
+
+def rows_of(record: Record, kind: str | None = None, backend: str | None = None) -> list[Row]:
+    """All rows, in the order of the parts. Those of the sanitizers are a smoke test's once more,
+    and are left out."""
+    return [
+        row
+        for part in PARTS
+        if part.prefix is None
+        for row in record["parts"].get(part.name, {}).get("result", {}).get("rows", [])
+        if kind in (None, row["kind"]) and backend in (None, row["backend"])
+    ]
+
+
+def benches(record: Record) -> dict[str, BenchResult]:
+    """What the parts against peers measured, by part."""
+    return {
+        name: bench_of(outcome["result"])
+        for name, outcome in record["parts"].items()
+        if "bench" in outcome.get("result", {})
+    }
+
+
+def absence(result: dict[str, Any]) -> str | None:
+    """Why a part against peers has nothing to tell: none of them could be had."""
+    if "bench" not in result:
+        return None
+    rows = [row for row in bench_of(result).rows if not row.ours]
+    if not rows or any(row.status != "missing" for row in rows):
+        return None
+    return f"no peer could be had: {rows[0].label}: {rows[0].reason}"
+
+
+def copy_rate(record: Record) -> float | None:
+    """Bytes read and written a second by a copy in device memory."""
+    found = record["parts"].get("device-cupy", {}).get("result", {})
+    rate = found.get("copy_bytes_per_second")
+    return None if rate is None else float(rate)
+
+
+# --- Tables ------------------------------------------------------------------------------------
+
+
+def markdown(record: Record) -> str:
+    """The whole report."""
+    gpus = [f"{gpu['name']}, driver {gpu['driver']}" for gpu in record["machine"]["gpus"]]
+    place = "stand-ins for a GPU: the times mean nothing" if record["emulated"] else "; ".join(gpus)
+    lines = ["# fastrnn on a GPU", "", f"{place or 'no GPU found'}. {_commits(record)}", ""]
+    lines += summary(record)
+    for part in PARTS:
+        outcome = record["parts"].get(part.name)
+        if outcome is not None and "result" in outcome:
+            lines += ["", f"## {part.title}", "", *_table(part, outcome["result"], record)]
+    if not record["emulated"]:
+        lines += ["", "## Goals", "", *goals(record)]
+    return "\n".join(lines) + "\n"
+
+
+def short(record: Record, names: Sequence[str]) -> list[str]:
+    """What is printed at the end of a run: the parts, what is not right, the goals."""
+    lines = summary(record, names)
+    bad = [row for row in rows_of(record) if row["status"] in ("wrong", "crashed")]
+    lines += [""] * bool(bad) + [_complaint(row) for row in bad[:20]]
+    return lines if record["emulated"] else [*lines, "", *goals(record)]
+
+
+def _commits(record: Record) -> str:
+    of_parts = [o.get("commit", "") for o in record["parts"].values()]
+    commits = list(dict.fromkeys(filter(None, of_parts)))
+    state = " with changes" if record["commit"].get("dirty") else ""
+    named = ", ".join(commits) or record["commit"].get("id", "")[:10] or "unknown"
+    word = "Commit" if len(commits) < 2 else "Commits"
+    return f"{word} {named}{state}, {record['date']}."
+
+
+def summary(record: Record, names: Sequence[str] | None = None) -> list[str]:
+    """A line a part: what became of it."""
+    cells = [("part", "stage", "outcome", "seconds", "")]
+    for part in PARTS:
+        outcome = record["parts"].get(part.name)
+        if outcome is None or (names is not None and part.name not in names):
+            continue
+        seconds = f"{outcome['seconds']:.0f}" if "seconds" in outcome else "–"
+        reason = outcome.get("reason", "").replace("|", "/")
+        cells.append((part.title, str(part.stage), outcome["status"], seconds, reason))
+    return markdown_table(cells)
+
+
+def _complaint(row: Row) -> str:
+    return f"- {row['backend']}: {row['op']}, {row['size']}: {row['status']}: {row['reason']}"
+
+
+def _table(part: Part, result: dict[str, Any], record: Record) -> list[str]:
+    if "rows" in result:
+        return _row_tables(result["rows"], copy_rate(record))
+    if "bench" in result:
+        bench = bench_of(result)
+        return [
+            line for which in bench.tables() for line in [*bench.markdown(*which).split("\n"), ""]
+        ]
+    if part.task == "tuner":
+        from benchmarks.gpu_tuner import lines
+
+        return lines(result)
+    if part.profiler:
+        return ["```", *result["text"].splitlines(), "```"]
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    return ["```json", *text.splitlines(), "```"]
+
+
+def _row_tables(rows: list[Row], copy: float | None) -> list[str]:
+    lines: list[str] = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind]
+        table = _verdicts(mine) if kind in ("smoke", "torch") else _times(mine, copy)
+        lines += [""] * bool(lines) + table
+    bad = [row for row in rows if row["status"] != "right"]
+    return lines + [""] * bool(bad) + [_complaint(row) for row in bad]
+
+
+def _verdicts(rows: list[Row]) -> list[str]:
+    """A line an op, a column a size: the largest error, or the verdict."""
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    found = {(row["op"], row["size"]): row for row in rows}
+    ops = dict.fromkeys(row["op"] for row in rows)
+    cells = [(op, *(_verdict(found.get((op, size))) for size in sizes)) for op in ops]
+    return markdown_table([("error against float64", *sizes), *cells])
+
+
+def _verdict(row: Row | None) -> str:
+    if row is None:
+        return ""
+    worst = worst_error(row)
+    if row["status"] == "right":
+        return "right" if worst is None else f"{worst:.1e}"
+    return row["status"] if worst is None else f"{row['status']} {worst:.1e}"
+
+
+def worst_error(row: Row) -> float | None:
+    """The largest relative RMS error of a row's results."""
+    errors = [error[0] for error in row.get("errors", {}).values() if error[0] is not None]
+    return max(errors, default=None)
+
+
+def error_ratio(row: Row) -> float | None:
+    """The largest error as a multiple of plain float32's on the same inputs."""
+    ratios = [ours / plain for ours, plain in row.get("errors", {}).values() if plain]
+    return max(ratios, default=None)
+
+
+def _times(rows: list[Row], copy: float | None) -> list[str]:
+    cells = [("op", "size", "time", "predicted", "of the copy rate", "TFLOP/s", "error by plain's")]
+    for row in rows:
+        if "seconds" not in row:
+            cells.append((row["op"], row["size"], row["status"], "", "", "", ""))
+            continue
+        seconds, worst = row["seconds"], error_ratio(row)
+        predicted = prediction(row)
+        share = f"{100 * row['bytes'] / seconds / copy:.0f}%" if copy and row.get("bytes") else "–"
+        rate = f"{row['flop'] / seconds / 1e12:.2f}" if row.get("flop") and seconds > 0 else "–"
+        cells.append(
+            (
+                row["op"], row["size"], format_seconds(seconds) if seconds > 0 else "–",
+                "–" if predicted is None else format_seconds(predicted), share, rate,
+                "–" if worst is None else f"{worst:.2f}",
+            )
+        )  # fmt: skip
+    return markdown_table(cells)
+
+
+def prediction(row: Row) -> float | None:
+    """Seconds that were predicted for a row of the CUDA C engine on an H100."""
+    if row["backend"] != "cupy":
+        return None
+    return PREDICTED.get((row["kind"], row["op"], row["size"]))
+
+
+# --- Goals -------------------------------------------------------------------------------------
+
+
+def goals(record: Record) -> list[str]:
+    """What was aimed at on an H100, and what was measured: a line each."""
+    rows = {(r["kind"], r["backend"], r["op"], r["size"]): r for r in rows_of(record)}
+    copy = copy_rate(record)
+
+    def seconds(kind: str, op: str, size: str = "headline", backend: str = "cupy") -> float | None:
+        return rows.get((kind, backend, op, size), {}).get("seconds")
+
+    def share(op: str) -> float | None:
+        row = rows.get(("ops", "cupy", op, "large"), {})
+        return 100 * row["bytes"] / row["seconds"] / copy if copy and "seconds" in row else None
+
+    def micro(value: float | None) -> float | None:
+        return None if value is None else value * 1e6
+
+    def ratio(slow: float | None, fast: float | None) -> float | None:
+        return slow / fast if slow and fast else None
+
+    step, forward = seconds("step", cases.STEP), seconds("ops", "recurrence")
+    peer = benches(record)
+    worst = [error_ratio(row) for row in rows_of(record, backend="cupy")]
+    lines: list[tuple[str, str, float | None, float, bool]] = [
+        # what, unit, measured, goal, whether less is better
+        ("recurrence forward", "µs", micro(forward), 14, True),
+        ("BPTT", "µs", micro(seconds("ops", "node: BPTT")), 11, True),
+        ("recurrence, cuDNN by ours, graphs", "×",
+         ratio(_peer(peer, "recurrence", "cudnn-graph"), forward), 3, False),
+        ("captured training step", "µs", micro(step), 73, True),
+        ("captured step, best peer's graph by ours", "×", ratio(_best_step(peer), step), 3, False),
+        ("20,000 training steps", "s", seconds("step", cases.LONG_RUN), 1.6, True),
+        *((f"{op}, large, of the copy rate", "%", share(op), 85, False) for op in MEMORY_BOUND),
+        ("a character", "µs", micro(seconds("step", "character")), 1, True),
+        ("largest error by plain float32's", "×", max(filter(None, worst), default=None), 2, True),
+        ("numba-cuda training step by cupy's", "×",
+         ratio(seconds("step", cases.STEP, backend="numba-cuda"), step), 2.5, True),
+        ("numba-cuda recurrence by cupy's", "×",
+         ratio(seconds("ops", "recurrence", backend="numba-cuda"), forward), 2, True),
+    ]  # fmt: skip
+    cells = [("goal", "aim", "measured", "")]
+    for what, unit, measured, aim, less in lines:
+        sign = "≤" if less else "≥"
+        met = measured is not None and (measured <= aim if less else measured >= aim)
+        word = "not measured" if measured is None else "met" if met else "missed"
+        value = "–" if measured is None else f"{measured:.3g} {unit}"
+        cells.append((what, f"{sign} {aim:g} {unit}", value, word))
+    return markdown_table(cells)
+
+
+def _peer(found: dict[str, BenchResult], workload: str, name: str) -> float | None:
+    rows = (bench.find(workload, "headline", name) for bench in found.values())
+    return next((row.seconds for row in rows if row is not None and row.seconds), None)
+
+
+def _best_step(found: dict[str, BenchResult]) -> float | None:
+    """The fastest captured step of a peer."""
+    return min(_captured(found.values()), default=None)
+
+
+def _captured(found: Iterable[BenchResult]) -> list[float]:
+    return [
+        row.seconds
+        for bench in found
+        for row in bench.select("step", "headline")
+        if not row.ours and row.seconds and "graph" in row.name
+    ]
