@@ -1,8 +1,10 @@
-"""The launchers' use of plans that were measured."""
+"""The tuner, with the emulator in the GPU's place, and the launchers' use of what it measures."""
 
 from __future__ import annotations
 
+import copy
 import json
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import gpu_tuner
+from benchmarks.gpu_tuner import PRODUCTS, SECTIONS, lines, table, tune, verdicts
+from fastrnn.backends.cupy_cuda import CupyBackend
 from fastrnn.cuda import gemm, recurrence, tuned
 from fastrnn.cuda.cupy_device import source_digest
 from fastrnn.cuda.device import Kernel
@@ -20,7 +25,306 @@ from tests.tolerances import assert_close
 
 Row = dict[str, Any]
 
+
+def host_clock(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def tune_on(device: EmulatedDevice, *only: str) -> list[Row]:
+    """The rows of a run at toy sizes."""
+    rows: list[Row] = tune(lambda _: None, CupyBackend(device), host_clock, True, only)["rows"]
+    return rows
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def test_every_section_is_measured_and_saved_row_by_row() -> None:
+    saved: list[Row] = []
+    backend = CupyBackend(emulated(90))
+    result = tune(lambda r: saved.append(copy.deepcopy(r)), backend, host_clock, toy=True)
+    rows = result["rows"]
+    assert [len(r["rows"]) for r in saved] == list(range(1, len(rows) + 1))
+    assert saved[-1] == json.loads(json.dumps(result)), "plain JSON"
+    assert {r["section"] for r in rows} == set(SECTIONS)
+    assert not [r for r in rows if "failed" in r]
+    for r in rows:
+        where = (r["device"], r["multiprocessors"], r["capability"], r["kernels"])
+        assert where == ("emulator", 4, 90, source_digest())
+        assert r["dtype"] == "float32"
+    by = {s: [r for r in rows if r["section"] == s] for s in SECTIONS}
+    assert [(r["what"], r["H"], r["clusters"]) for r in by["residency"]] == [
+        ("recurrence", 256, 1), ("recurrence", 512, 0),
+        ("recurrence_backward", 256, 1), ("recurrence_backward", 512, 0),
+    ]  # fmt: skip
+    seen = {(r["what"], r["plan"], r["H"], r["B"]) for r in by["recurrence"]}
+    assert seen == {
+        (op, plan, H, B)
+        for op in ("recurrence", "recurrence_backward")
+        for plan, H, B in (
+            ("block", 130, 1), ("cluster", 130, 1), ("block", 130, 2), ("cluster", 130, 2),
+            ("cluster", 260, 1),
+        )
+    }  # fmt: skip
+    for r in by["recurrence"]:
+        assert r["step"] == (r["seconds"][1] - r["seconds"][0]) / (r["T"][1] - r["T"][0])
+        assert r["rest"] + r["T"][0] * r["step"] == pytest.approx(r["seconds"][0])
+    assert [r["what"] for r in by["step"]] == ["beside", "in sequence"]
+    for name, trans in zip(
+        PRODUCTS, ((False, False), (False, True), (True, False), (True, False)), strict=True
+    ):
+        plans = [r for r in by["product"] if r["what"] == name]
+        assert {(r["trans_a"], r["trans_b"]) for r in plans} == {trans}
+        assert {r["tile"]["m"] for r in plans} == {t.m for t in gemm.TENSOR_TILES}
+        assert [r["chosen"] for r in plans] == [True] + [False] * (len(plans) - 1)
+        assert all(r["seconds"] > 0 for r in plans)
+        assert all(r["predicted"] > 0 for r in plans)
+    text = "\n".join(lines(result))
+    for heading in ("Clusters", "A node", "Recurrence", "The captured", "Plans", "What follows"):
+        assert f"### {heading}" in text
+
+
+class Broken(EmulatedDevice):
+    """Refuses the products of the largest tile, or spoils them."""
+
+    spoil = False
+
+    def launch(self, kernel: Kernel, grid: int | tuple[int, ...], args: Sequence[Any]) -> None:
+        large = kernel.file == "gemm" and dict(kernel.defines)["TILE_M"] == 128
+        if large and not self.spoil:
+            raise RuntimeError("too many resources requested for launch")
+        super().launch(kernel, grid, args)
+        if large:
+            args[3][0, 0] += 1
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_a_plan_that_fails_or_is_wrong_costs_only_its_row(spoil: bool) -> None:
+    require_emulator()
+    device = Broken()
+    device.spoil = spoil
+    rows = tune_on(device, "project", "dW_hh")
+    failed = [r for r in rows if "failed" in r]
+    reason = "project is wrong: relative error" if spoil else "RuntimeError: too many resources"
+    assert reason in failed[0]["failed"]
+    assert {(r["what"], r["tile"]["m"]) for r in failed} == {("project", 128), ("dW_hh", 128)}
+    assert {r["tile"]["m"] for r in rows if "seconds" in r} == {32, 64}
+    text = "\n".join(lines({"rows": rows}))
+    assert "- product project 128x128x16 on 1 blocks: " in text
+
+
+def test_nothing_more_is_measured_on_a_device_that_is_lost() -> None:
+    class Lost(Broken):
+        def sync(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    require_emulator()
+    saved: list[int] = []
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tune(
+            lambda r: saved.append(sum("failed" in row for row in r["rows"])),
+            CupyBackend(Lost()), host_clock, True, ("project",),
+        )  # fmt: skip
+    assert saved[-1] == 1
+
+
+def test_a_kernel_that_does_not_compile_costs_only_its_rows() -> None:
+    class Uncompiled(EmulatedDevice):
+        def active_clusters(self, kernel: Kernel) -> int:
+            raise RuntimeError("recurrence_cluster.cu(7): error")
+
+    require_emulator()
+    rows = tune_on(Uncompiled(), "residency", "gap", "recurrence")
+    assert {r["section"] for r in rows if "failed" in r} == {"residency", "recurrence"}
+    assert {r["section"] for r in rows if "failed" not in r} == {"gap"}
+    text = "\n".join(lines({"rows": rows}))
+    assert "- recurrence recurrence_backward by cluster H=130 B=1: RuntimeError: rec" in text
+    assert "- residency recurrence H=512: RuntimeError: rec" in text
+
+
+def test_only_some_are_measured() -> None:
+    rows = tune_on(emulated(90), "residency", "dh")
+    assert {r["what"] for r in rows} == {"recurrence", "recurrence_backward", "dh"}
+    with pytest.raises(ValueError, match=r"only: expected some of residency, .*, got residence"):
+        tune_on(emulated(90), "residence")
+
+
+def test_a_gpu_without_clusters_has_rows_of_blocks() -> None:
+    rows = tune_on(emulated(80), "residency", "recurrence")
+    assert {r["plan"] for r in rows if r["section"] == "recurrence"} == {"block"}
+    assert {r["clusters"] for r in rows if r["section"] == "residency"} == {0}
+    assert not [r for r in rows if "failed" in r]
+    assert all(r["chosen"] for r in rows if r["section"] == "recurrence")
+
+
+def test_the_step_is_timed_with_and_without_branches() -> None:
+    class Counting(EmulatedDevice):
+        entered = 0
+
+        def branch(self, name: str) -> Any:
+            self.entered += 1
+            return super().branch(name)
+
+    require_emulator()
+    device, entered = Counting(), []
+    tune(lambda _: entered.append(device.entered), CupyBackend(device), host_clock, True, ("step",))
+    assert entered[0] > 0
+    assert entered[1] == entered[0]
+    with device.branch("again"):
+        pass
+    assert device.entered == entered[0] + 1, "branches are as they were"
+
+
+def test_what_the_headline_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hundred captures and a dozen modules: with what each costs on a GPU, half a minute."""
+
+    class Silent(EmulatedDevice):
+        def launch(self, kernel: Kernel, grid: int | tuple[int, ...], args: Sequence[Any]) -> None:
+            assert kernel.runs_on(self.arch.capability)
+            self.launched.append(kernel)
+
+    require_emulator()
+    device, clocks = Silent(90, 132), [0]
+
+    def clock(call: Callable[[], Any]) -> float:
+        clocks[0] += 1
+        call()
+        return 1e-5
+
+    monkeypatch.setattr(gpu_tuner, "_hold", lambda *arguments: None)
+    only = [section for section in SECTIONS if section != "step"]
+    result = tune(lambda _: None, CupyBackend(device), clock, False, only)
+    rows = result["rows"]
+    assert not [r for r in rows if "failed" in r]
+    plans = [r for r in rows if r["section"] == "product"]
+    assert len(plans) == len({(r["what"], str(r["tile"]), r["grid"]) for r in plans})
+    chosen = {r["what"]: r for r in plans if r["chosen"]}
+    assert chosen.keys() == set(PRODUCTS)
+    assert chosen["project"]["grid"] == 306
+    assert clocks[0] <= 110
+    assert len({(k.file, k.defines) for k in device.launched}) <= 13
+
+
+# --- what follows from the figures ---------------------------------------------------------------
+
+KEY: Row = {
+    "device": "NVIDIA H100 80GB HBM3", "multiprocessors": 132, "capability": 90,
+    "kernels": "0123456789abcdef", "dtype": "float32",
+}  # fmt: skip
+
+
+def product_row(tile: gemm.Tile, seconds: float, chosen: bool = False, **other: Any) -> Row:
+    return {
+        "section": "product", **KEY, "what": "project", "M": 1120, "N": 1027, "K": 256,
+        "trans_a": False, "trans_b": False, "tile": tuned.tile_fields(tile), "grid": 306,
+        "whole": 306, "quota": 0, "extra": 0, "predicted": 1e-5, "chosen": chosen,
+        "seconds": seconds, **other,
+    }  # fmt: skip
+
+
+def recurrence_row(plan: str, short: float, long: float, chosen: bool, **other: Any) -> Row:
+    step = (long - short) / 315
+    return {
+        "section": "recurrence", **KEY, "what": "recurrence_backward", "plan": plan, "H": 256,
+        "B": 32, "T": [35, 350], "seconds": [short, long], "step": step,
+        "rest": short - 35 * step, "chosen": chosen, "waves": 1, **other,
+    }  # fmt: skip
+
+
 LARGE, MIDDLE, SMALL = gemm.TENSOR_TILES
+
+
+def said(rows: list[Row], about: str) -> str:
+    found = [line for line in verdicts({"rows": rows}) if line.startswith(about)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_the_rules() -> None:
+    slow, fast = product_row(MIDDLE, 10.3e-6, True), product_row(SMALL, 6.9e-6)
+    assert "10.3 µs (64x64x32 on 306 blocks), more than 7.00 µs" in said([slow], "project takes")
+    assert "gain what was expected" in said([slow], "project takes")
+    assert "6.90 µs (32x64x32 on 306 blocks), at most 7.00 µs" in said(
+        [slow, fast], "project takes"
+    )
+    assert "gain less" in said([slow, fast], "project takes")
+    assert said([slow], "project: ").endswith("keep it.")
+    assert said([slow, fast], "project: ").endswith("take the first.")
+    assert said([slow, {**fast, "failed": "wrong"}], "project: ").endswith("keep it.")
+
+    quick = recurrence_row("cluster", 10e-6, 10e-6 + 315 * 0.25e-6, True)
+    slack = recurrence_row("cluster", 12e-6, 12e-6 + 315 * 0.31e-6, True)
+    assert "0.250 µs (H=256, B=32), at most 0.30" in said([quick], "A step backward")
+    assert "0.310 µs (H=256, B=32), more than 0.30" in said([slack], "A step backward")
+    assert "DSMEM takes more than 250 cycles" in said([slack], "A step backward")
+
+    block = recurrence_row("block", 9e-6, 80e-6, False)
+    assert said([slack, block], "recurrence_backward H=256").endswith("switch to the block plan.")
+    assert said([quick, {**block, "seconds": [9e-6, 90e-6]}], "recurrence_backward H=256").endswith(
+        "keep the cluster plan."
+    )
+
+    node = {"section": "gap", **KEY, "what": "node", "seconds": 1.4e-6}
+    assert said([node], "A node") == "A node of a graph costs 1.40 µs, 2.00 µs expected."
+    resident = {"section": "residency", **KEY, "what": "recurrence", "H": 512, "clusters": 14}
+    assert said([resident], "H=512") == "H=512: 14 clusters resident, 15 expected on an H100."
+    steps = [
+        {"section": "step", **KEY, "what": "beside", "seconds": 73e-6},
+        {"section": "step", **KEY, "what": "in sequence", "seconds": 85e-6},
+    ]
+    assert "they gain 12.0 µs" in said(steps, "The step takes 73.0 µs, 85.0 µs with")
+    assert verdicts({"rows": []}) == []
+
+
+def test_the_table_has_what_beats_the_model_by_more_than_the_margin() -> None:
+    model = product_row(MIDDLE, 10e-6, True)
+    beside: Row = {"what": "dW_hq", "M": 256, "N": 1027, "K": 1120, "trans_a": True}
+    rows = [
+        model, product_row(SMALL, 9.8e-6), product_row(LARGE, 9.75e-6),
+        product_row(MIDDLE, 13e-6, True, **beside), product_row(SMALL, 9e-6, grid=264, **beside),
+        product_row(LARGE, 1e-6, failed="wrong", **beside),
+        recurrence_row("block", 9e-6, 80e-6, False), recurrence_row("cluster", 10e-6, 90e-6, True),
+        # Faster over few steps only.
+        recurrence_row("block", 9e-6, 90e-6, False, B=64),
+        recurrence_row("cluster", 10e-6, 80e-6, True, B=64),
+        # Nothing to compare with.
+        product_row(SMALL, 1e-6, what="dh", trans_b=True),
+    ]  # fmt: skip
+    found = table({"rows": rows})
+    (entry,), (recurrent,) = found["products"], found["recurrences"]
+    where = {k: KEY[k] for k in ("device", "multiprocessors", "kernels")}
+    assert where.items() <= entry.items()
+    assert (entry["M"], entry["N"], entry["K"]) == (256, 1027, 1120)
+    assert (entry["trans_a"], entry["trans_b"], entry["dtype"]) == (True, False, "float32")
+    assert (entry["tile"], entry["grid"]) == (tuned.tile_fields(SMALL), 264)
+    assert where.items() <= recurrent.items()
+    assert [recurrent[k] for k in ("op", "H", "B", "plan")] == [
+        "recurrence_backward", 256, 32, "block",
+    ]  # fmt: skip
+    # Just beyond the margin.
+    entries = table({"rows": [model, product_row(SMALL, 10e-6 / 1.031)]})["products"]
+    assert [e["tile"]["m"] for e in entries] == [32]
+
+
+def test_the_command_finds_rows_anywhere_and_prints_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here: Row = {"kernels": source_digest()}
+    rows = [product_row(MIDDLE, 10e-6, True, **here), product_row(SMALL, 8e-6, **here)]
+    result, printed = tmp_path / "gpu.json", tmp_path / "tuned.json"
+    result.write_text(json.dumps({"parts": [{"tuner": {"result": {"rows": rows}}}]}))
+    assert gpu_tuner.main([str(result)]) == 0
+    printed.write_text(capsys.readouterr().out)
+    read = tuned.read(printed).product(
+        KEY["device"], 132, 1120, 1027, 256, np.float32, False, False
+    )
+    assert read == (tuned.tile_fields(SMALL), 306)
+    result.write_text("{}")
+    assert gpu_tuner.main([str(result)]) == 2
+    assert "expected rows of the tuner, found none" in capsys.readouterr().err
+
 
 # --- the launchers and the table -----------------------------------------------------------------
 
