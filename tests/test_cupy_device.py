@@ -92,12 +92,12 @@ class FakeCupy(ModuleType):
 
         runtime = SimpleNamespace(
             CUDARuntimeError=FakeError,
+            getDeviceProperties=lambda device: {"name": b"NVIDIA H100 80GB HBM3"},
             getDeviceCount=failures.get("count", lambda: 1),
             driverGetVersion=failures.get("driver", lambda: 13000),
             runtimeGetVersion=lambda: 13000,
             streamCaptureModeRelaxed=1,
             getDevice=lambda: 0,
-            getDeviceProperties=lambda device: {"name": b"NVIDIA H100 80GB HBM3"},
         )
         device = SimpleNamespace(
             id=0,
