@@ -47,7 +47,7 @@ class EmulatedDevice(Device):
         late_branches: bool = False,
         sources: dict[str, Any] | None = None,
     ) -> None:
-        self.arch = Arch(capability, multiprocessors, SHARED_BYTES[capability] * 1024)
+        self.arch = Arch(capability, multiprocessors, SHARED_BYTES[capability] * 1024, "emulator")
         self.order = order
         self.late_branches = late_branches
         self.sources = sources or {}

@@ -92,6 +92,7 @@ class FakeCupy(ModuleType):
 
         runtime = SimpleNamespace(
             CUDARuntimeError=FakeError,
+            getDeviceProperties=lambda device: {"name": b"NVIDIA H100 80GB HBM3"},
             getDeviceCount=failures.get("count", lambda: 1),
             driverGetVersion=failures.get("driver", lambda: 13000),
             runtimeGetVersion=lambda: 13000,
@@ -234,6 +235,7 @@ def test_modules_are_compiled_once_with_constants_and_a_digest_of_all_sources(
 ) -> None:
     device = cupy_device.CupyDevice()
     assert (device.arch.capability, device.arch.multiprocessors) == (90, 132)
+    assert device.arch.name == "NVIDIA H100 80GB HBM3"
     for _ in range(2):
         device.launch(PLAIN, 3, [np.int32(1), None])
         device.launch(WIDE, (2, 5), [np.float32(1)])

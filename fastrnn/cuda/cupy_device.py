@@ -132,6 +132,7 @@ class CupyDevice(Device):
             capability=max(c for c in CAPABILITIES if c <= found),
             multiprocessors=attributes["MultiProcessorCount"],
             shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+            name=cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode(),
         )
         self._options = (
             "-std=c++17",

@@ -37,11 +37,13 @@ class Arch:
         capability: compute capability times ten: 75, 80, 86, 89, 90, 100, 120.
         multiprocessors: how many there are.
         shared_bytes: shared memory that a block may ask for (with the opt-in).
+        name: the product's name, by which measured plans are found (see :mod:`.tuned`).
     """
 
     capability: int
     multiprocessors: int
     shared_bytes: int
+    name: str
 
 
 @dataclass(frozen=True)

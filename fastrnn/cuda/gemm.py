@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrnn.cuda import tuned
 from fastrnn.cuda.device import Arch, Array, Device, Kernel, Scratch, aligned, ceil_div, real
 
 PLAIN, BIAS, TANH, TANH_BACKWARD = range(4)
@@ -239,14 +240,36 @@ def plans(
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(M: int, N: int, K: int, dtype: Any, capability: int, multiprocessors: int) -> Plan:
-    """The way of fewest estimated clocks; the first of equals."""
+def plan(
+    M: int,
+    N: int,
+    K: int,
+    dtype: Any,
+    capability: int,
+    multiprocessors: int,
+    *,
+    device_name: str | None = None,
+    trans_a: bool = False,
+    trans_b: bool = False,
+) -> Plan:
+    """The way of fewest estimated clocks, the first of equals; or the one that was measured.
+
+    Args:
+        device_name: whose entries of :mod:`fastrnn.cuda.tuned` come before the estimate; None: the
+            estimate alone.
+        trans_a, trans_b: by which the table tells products apart; the estimate is the same.
+    """
     size = np.dtype(dtype).itemsize
     choice = tiles(capability, dtype)
-    return min(
-        (p for tile in choice for p in plans(tile, M, N, K, size, multiprocessors)),
-        key=lambda p: p.clocks,
-    )
+    ways = [p for tile in choice for p in plans(tile, M, N, K, size, multiprocessors)]
+    if device_name is not None:
+        table = tuned.table()
+        measured = table.product(device_name, multiprocessors, M, N, K, dtype, trans_a, trans_b)
+        # A tile that is gone, or another geometry: the entry is of no use.
+        found = (p for p in ways if measured == (tuned.tile_fields(p.tile), p.grid))
+        if fastest := next(found, None):
+            return fastest
+    return min(ways, key=lambda p: p.clocks)
 
 
 def counters_needed(arch: Arch) -> int:
@@ -300,14 +323,18 @@ def gemm(
             them. None: taken from ``scratch`` and cleared before the launch.
         name: of the scratch buffers; products that may run at the same time must not share it.
         multiprocessors: for how many to plan; None: all of the device.
-        chosen: a plan of :func:`plans`; None: the one that :func:`plan` expects to be fastest.
+        chosen: a plan of :func:`plans`; None: the one of :func:`plan`, measured or expected to be
+            fastest.
     """
     if trans_a and trans_b:
         raise ValueError("gemm: A and B cannot both be transposed")
     dtype = np.dtype(C.dtype)
     if chosen is None:
         count = min(multiprocessors or device.arch.multiprocessors, device.arch.multiprocessors)
-        chosen = plan(M, N, K, dtype, device.arch.capability, count)
+        chosen = plan(
+            M, N, K, dtype, device.arch.capability, count,
+            device_name=device.arch.name, trans_a=trans_a, trans_b=trans_b,
+        )  # fmt: skip
     operands = [(A, lda), (B, ldb)] if head is None else [(A, lda), (B, ldb), (head, lda)]
     vector = VECTOR_BYTES // dtype.itemsize if _vectors(operands, dtype.itemsize) else 1
     partial = None

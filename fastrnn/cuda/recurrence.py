@@ -6,8 +6,8 @@ to the last. Two plans, both true float32:
 - a block a row, every GPU, H <= 256. Rows beyond what is resident at once are taken in turns by the
   same blocks, which load W_hh only once.
 - a cluster of blocks a row (sm_90 and later), each with 64 columns of W_hh. For 128 < H <= 256,
-  where a step is then shorter, if every row of the batch is resident at once; for 256 < H <= 512,
-  which one multiprocessor cannot hold, always.
+  where a step is then shorter, if every row of the batch is resident at once, or as was measured
+  (see :mod:`fastrnn.cuda.tuned`); for 256 < H <= 512, which one multiprocessor cannot hold, always.
 
 Larger H and float64 are for the caller: a GEMM a step (see :func:`fits`).
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrnn.cuda import tuned
 from fastrnn.cuda.device import Array, Device, Kernel
 
 OPS = ("recurrence", "recurrence_gathered", "recurrence_backward")
@@ -49,7 +50,12 @@ def fits(H: int, dtype: Any, device: Device | None = None, B: int = 1) -> bool:
         return True
     if device is None or max(CLUSTERS) < H or device.arch.capability < 90:
         return False
-    return WAVES * device.active_clusters(_cluster(OPS[0], H)) >= B
+    return WAVES * resident_clusters(device, OPS[0], H) >= B
+
+
+def resident_clusters(device: Device, op: str, H: int) -> int:
+    """Rows that ``op`` of :data:`OPS` works on at once by clusters; 0 without clusters."""
+    return device.active_clusters(_cluster(op, H))
 
 
 def variants() -> list[Kernel]:
@@ -59,16 +65,26 @@ def variants() -> list[Kernel]:
     return block + turing + [_cluster(op, size) for op in OPS for size in CLUSTERS]
 
 
-def recurrence(device: Device, z: Array, W_hh: Array, h0: Array, h: Array) -> None:
+def recurrence(
+    device: Device,
+    z: Array,
+    W_hh: Array,
+    h0: Array,
+    h: Array,
+    *,
+    clustered: bool | None = None,
+) -> None:
     """``h_t = tanh(z_t + h_{t-1} W_hh)`` for all t.
 
     Args:
         z, h: float32 ``[T, B, H]``; may be one array.
         W_hh: ``[H, H]``.
         h0: ``[B, H]``; may be ``h[T-1]``.
+        clustered: whether a cluster works on a row, or a block; None: the plan measured or expected
+            to be faster.
     """
     T, B, H = h.shape
-    _launch(device, "recurrence", T, B, H, [z, W_hh, h0, h])
+    _launch(device, "recurrence", T, B, H, [z, W_hh, h0, h], clustered)
 
 
 def recurrence_gathered(
@@ -94,7 +110,14 @@ def recurrence_gathered(
 
 
 def recurrence_backward(
-    device: Device, dh: Array, h: Array, W_hh: Array, dz: Array, dh0: Array
+    device: Device,
+    dh: Array,
+    h: Array,
+    W_hh: Array,
+    dz: Array,
+    dh0: Array,
+    *,
+    clustered: bool | None = None,
 ) -> None:
     """``dz_t = (dh_t + dz_{t+1} W_hhᵀ)(1 - h_t²)``, t from T-1 to 0; ``dh0 = dz_0 W_hhᵀ``.
 
@@ -103,20 +126,54 @@ def recurrence_backward(
         h: ``[T, B, H]``, what the forward pass gave.
         W_hh: ``[H, H]``.
         dh0: ``[B, H]``.
+        clustered: as in :func:`recurrence`.
     """
     T, B, H = h.shape
-    _launch(device, "recurrence_backward", T, B, H, [dh, h, W_hh, dz, dh0])
+    _launch(device, "recurrence_backward", T, B, H, [dh, h, W_hh, dz, dh0], clustered)
 
 
-def _launch(device: Device, op: str, T: int, B: int, H: int, arrays: list[Array | None]) -> None:
+def _launch(
+    device: Device,
+    op: str,
+    T: int,
+    B: int,
+    H: int,
+    arrays: list[Array | None],
+    clustered: bool | None = None,
+) -> None:
     args = [*arrays, np.int32(T), np.int32(B), np.int32(H)]
-    if H > 128 and device.arch.capability >= 90:
+    if clustered is None:
+        clustered = by_cluster(device, op, B, H)
+    if clustered:
         kernel = _cluster(op, H)
-        if max(SIZES) < H or device.active_clusters(kernel) >= B:
-            device.launch(kernel, B * kernel.cluster, args)
-            return
+        device.launch(kernel, B * kernel.cluster, args)
+        return
     kernel = _block(op, H, device.arch.capability)
     device.launch(kernel, min(B, kernel.blocks * device.arch.multiprocessors), args)
+
+
+def by_cluster(device: Device, op: str, B: int, H: int, *, measured: bool = True) -> bool:
+    """Whether a cluster works on a row, and not a block.
+
+    Args:
+        op: of :data:`OPS`.
+        measured: whether an entry of :mod:`fastrnn.cuda.tuned` comes before the expectation, that
+            clusters are faster where all rows are resident at once.
+    """
+    if H <= 128 or device.arch.capability < 90:
+        return False
+    if max(SIZES) < H:
+        return True
+    resident = resident_clusters(device, op, H)
+    if measured and resident:
+        arch, table = device.arch, tuned.table()
+        # The gathered form differs in what a step begins with, not in what it takes.
+        known = table.recurrence(
+            arch.name, arch.multiprocessors, op.removesuffix("_gathered"), B, H
+        )
+        if known is not None:
+            return known == "cluster"
+    return resident >= B
 
 
 @functools.cache
