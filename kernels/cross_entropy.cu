@@ -37,18 +37,23 @@ __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b)
 __device__ __forceinline__ REAL origin(REAL m) { return m == -INFINITE_REAL ? REAL(0) : m; }
 __device__ __forceinline__ REAL rescale(REAL m, REAL to) { return m == -INFINITE_REAL ? REAL(0) : exponential(m - to); }
 
+// What a warp knows of a row: its maximum and the sum of exp(x - maximum).
+struct alignas(2 * sizeof(REAL)) Part {
+    REAL maximum, sum;
+};
+
 // The maximum of a row and the sum of exp(x - maximum), from the parts of all warps that share it; the same bits in all
 // lanes of all warps. Every lane takes a part (or two), so few parts need few steps.
-__device__ __forceinline__ void merge(const REAL* maxima, const REAL* sums, REAL& maximum, REAL& sum) {
+__device__ __forceinline__ void merge(const Part* parts, REAL& maximum, REAL& sum) {
     constexpr int LANES = PARTS < 32 ? PARTS : 32;
-    const int lane = threadIdx.x % LANES;
-    maximum = maxima[lane];
-    if (PARTS > 32) maximum = larger(maximum, maxima[lane + PARTS / 2]);
+    const Part part = parts[threadIdx.x % LANES], other = parts[threadIdx.x % LANES + PARTS - LANES];
+    maximum = part.maximum;
+    if (PARTS > 32) maximum = larger(maximum, other.maximum);
 #pragma unroll
     for (int offset = LANES / 2; offset > 0; offset /= 2)
         maximum = larger(maximum, __shfl_xor_sync(FULL_WARP, maximum, offset));
-    sum = sums[lane] * rescale(maxima[lane], maximum);
-    if (PARTS > 32) sum += sums[lane + PARTS / 2] * rescale(maxima[lane + PARTS / 2], maximum);
+    sum = part.sum * rescale(part.maximum, maximum);
+    if (PARTS > 32) sum += other.sum * rescale(other.maximum, maximum);
 #pragma unroll
     for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, offset);
 }
@@ -116,6 +121,16 @@ __device__ __forceinline__ void store_row(REAL (&x)[VECTORS][WIDTH], REAL scale,
 // One exchange a row: every warp takes exponentials relative to its own maximum, and what it stored is rescaled.
 // Loads are in flight all the time: where registers leave room for few blocks a multiprocessor, each thread copies its part
 // of the next row to its own place in shared memory meanwhile (nobody else reads it: no barrier); else there are many blocks.
+//
+// In a cluster each warp pushes its part (st.async) into every block, its own as well, and arrived[half] of that block ends
+// a phase when the 8 PARTS bytes of a row are there. Row n of a cluster takes half n & 1 and phase n >> 1 of its mbarrier.
+//   A push of row n + 2 overwrites a part of row n. The pusher has waited for all of row n + 1, to which every warp of the
+//   receiver contributed after it had waited for row n and read it. So nobody reads the old part any more, and the phase of
+//   row n has ended there before the first byte of row n + 2 comes: a phase has the bytes of one row, a parity is enough,
+//   and no warp of a cluster is more than one row ahead of another.
+//   A phase does not end before thread 0 arms it, which it does after its wait for the phase before; bytes may be earlier.
+//   The barrier at the beginning makes all mbarriers count before anybody pushes. There is none at the end: all blocks of a
+//   cluster take the same rows, and who has waited for the last one has nothing more under way to it.
 #if PREFETCH
 __device__ __forceinline__ void fetch_row(REAL* ahead, const REAL* in, int left) {
 #pragma unroll 4
@@ -131,14 +146,25 @@ extern "C" __global__ CLUSTER_DIMS void __launch_bounds__(THREADS, BLOCKS)
 cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* __restrict__ cursor, REAL* dlogits,
                      REAL* losses, REAL* loss, uint32_t* counter, int rows, int V, int ld, REAL inverse_rows) {
 #if SHARED_ROW
-    __shared__ REAL maxima[2][PARTS], sums[2][PARTS];   // a row writes one half while late warps still read the other
+    __shared__ Part parts[2][PARTS];   // a row writes one half while late warps still read the other
     const int lane = threadIdx.x % 32, warp = threadIdx.x % ROW_THREADS / 32;
 #endif
 #if CLUSTER > 1
+    static_assert(sizeof(Part) == sizeof(uint2), "a part is one st.async");
+    __shared__ uint64_t arrived[2];
     const int rank = cluster_rank(), first = rank * SLICE, step = gridDim.x / CLUSTER;
     int row = blockIdx.x / CLUSTER;
-    cluster_arrive();   // its wait stands before the first store into another block, which must be running by then
-    bool all_run = false;
+    if (threadIdx.x == 0) {
+        mbarrier_init(&arrived[0], 1);
+        mbarrier_init(&arrived[1], 1);
+        mbarrier_init_fence();
+    }
+    __syncwarp();       // the cluster's barrier takes whole warps
+    cluster_arrive();   // its wait stands before the first push
+    // Lane c < CLUSTER tells block c: the address there of the warp's part in the first half, and of its mbarrier.
+    const int part = rank * ROW_WARPS + warp, receiver = lane % CLUSTER;
+    const shared_address remote_part = kept(cluster_map(shared_address_of(&parts[0][part]), receiver));
+    const shared_address remote_arrived = kept(cluster_map(shared_address_of(&arrived[0]), receiver));
 #else
     constexpr int first = 0;
     const int step = gridDim.x * (THREADS / ROW_THREADS);
@@ -152,8 +178,18 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
     REAL* ahead = next_row + threadIdx.x * WIDTH;
     if (row < rows) fetch_row(ahead, logits + static_cast<size_t>(row) * ld + base, left);
 #endif
+#if CLUSTER > 1
+    __syncwarp();
+    cluster_wait();
+#endif
 
-    for (int half = 0; row < rows; row += step, half ^= 1) {
+    for (int n = 0; row < rows; row += step, ++n) {
+#if SHARED_ROW
+        const int half = n & 1;
+#endif
+#if CLUSTER > 1
+        if (threadIdx.x == 0) mbarrier_arrive_expect(&arrived[half], sizeof(parts[0]));
+#endif
         const size_t at = static_cast<size_t>(row) * ld + base;
         const REAL* in = logits + at;
         REAL x[VECTORS][WIDTH];
@@ -185,29 +221,23 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
         const bool has_target = static_cast<unsigned>(hit) < SLICE && (hit & (STRIDE - 1)) < WIDTH;
         const REAL at_target = has_target ? in[hit] : REAL(0);   // again, before this thread overwrites it
 #if CLUSTER > 1
-        if (!all_run) cluster_wait();
-        all_run = true;
-        if (lane < CLUSTER) {   // lane c tells block c
-            const int part = rank * ROW_WARPS + warp;
-            store_cluster(cluster_map(shared_address_of(&maxima[half][part]), lane), maximum);
-            store_cluster(cluster_map(shared_address_of(&sums[half][part]), lane), sum);
-        }
-        __syncwarp();
-        cluster_sync();   // the last access to another block's memory lies before it
-        merge(maxima[half], sums[half], maximum, sum);
+        __syncwarp();   // every lane has read the row before
+        if (lane < CLUSTER)
+            st_async(remote_part + half * static_cast<uint32_t>(sizeof(parts[0])),
+                     make_uint2(__float_as_uint(maximum), __float_as_uint(sum)),
+                     remote_arrived + half * static_cast<uint32_t>(sizeof(arrived[0])));
+        mbarrier_wait(&arrived[half], n >> 1 & 1);   // the parts of the row are there
+        merge(parts[half], maximum, sum);
 #elif SHARED_ROW
-        if (lane == 0) maxima[half][warp] = maximum, sums[half][warp] = sum;
+        if (lane == 0) parts[half][warp] = Part{maximum, sum};
         __syncthreads();   // the parts of the row are there
-        merge(maxima[half], sums[half], maximum, sum);
+        merge(parts[half], maximum, sum);
 #endif
         REAL* out = dlogits + at;
         store_row(x, rescale(own, maximum) * inverse_rows / sum, inverse_rows, left, room, hit,
                   [out](int column, REAL(&v)[WIDTH]) { store_once(out + column, v); });   // dlogits[r,v..]
         if (has_target) losses[row] = logarithm(sum) + (maximum - at_target);
     }
-#if CLUSTER > 1
-    if (!all_run) cluster_wait();   // a cluster without a row
-#endif
     mean_of_losses(losses, loss, counter, rows);
 }
 
@@ -222,7 +252,7 @@ cross_entropy_kernel(const REAL* logits, const int* __restrict__ y, const int* _
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 cross_entropy_long_kernel(const REAL* logits, const int* __restrict__ y, const int* __restrict__ cursor, REAL* dlogits,
                           REAL* losses, REAL* loss, uint32_t* counter, int rows, int V, int ld, REAL inverse_rows) {
-    __shared__ REAL maxima[2][PARTS], sums[2][PARTS];   // a row writes one half while late warps still read the other
+    __shared__ Part parts[2][PARTS];   // a row writes one half while late warps still read the other
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, offset = threadIdx.x * WIDTH;
     if (cursor) y += static_cast<size_t>(cursor[0]) * rows;
     for (int row = blockIdx.x, half = 0; row < rows; row += gridDim.x, half ^= 1) {
@@ -245,9 +275,9 @@ cross_entropy_long_kernel(const REAL* logits, const int* __restrict__ y, const i
         const REAL own = maximum;
         maximum = warp_max(maximum);
         sum = warp_sum(sum * rescale(own, maximum));
-        if (lane == 0) maxima[half][warp] = maximum, sums[half][warp] = sum;
+        if (lane == 0) parts[half][warp] = Part{maximum, sum};
         __syncthreads();
-        merge(maxima[half], sums[half], maximum, sum);
+        merge(parts[half], maximum, sum);
 
         for (int base = (ld - 1) / SLICE * SLICE + offset; base >= 0; base -= SLICE) {
             const REAL* in = logits + start + base;

@@ -543,15 +543,6 @@ __device__ __forceinline__ float load_cluster(shared_address address) {
 #endif
 }
 
-__device__ __forceinline__ void store_cluster(shared_address address, float v) {
-#ifdef CUDA_ON_CPU
-    emulator::cluster_access(reinterpret_cast<const void*>(address), 4);
-    *reinterpret_cast<float*>(address) = v;
-#else
-    asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
-#endif
-}
-
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
 #ifdef CUDA_ON_CPU
     emulator::mbarrier_init(barrier, arrivals);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from fastrnn.backends.numpy_ import NumpyBackend
 from fastrnn.cuda import cross_entropy as launch
 from fastrnn.cuda.device import KERNELS, Device, Kernel
+from tests import compile_gate
 from tests.cuda_sanitized import sanitized
 from tests.cuda_support import ORDERS, emulated, twin
 from tests.emulated_device import EmulatedDevice
@@ -177,6 +180,22 @@ def test_the_mean_may_be_left_to_another_kernel() -> None:
     assert_close("cross_entropy", losses, rows.oracle(0)[0])
 
 
+@pytest.mark.parametrize(("V", "multiprocessors"), [(10_300, 3), (28_700, 8)])
+def test_clusters_that_take_different_numbers_of_rows(V: int, multiprocessors: int) -> None:
+    rows = Rows(7, V, V, np.float32)
+    shape, _ = launch.choose(emulated(), np.dtype(np.float32), V, wide=False)
+    clusters = multiprocessors * shape.blocks // shape.cluster
+    assert shape.cluster > 1
+    assert 1 < clusters < 7
+    assert 7 % clusters
+    want = Result(emulated(multiprocessors=1), rows, 0)  # one cluster
+    check(rows, want, 0)
+    for order in ORDERS:
+        got = Result(emulated(multiprocessors=multiprocessors, order=order), rows, 0)
+        np.testing.assert_array_equal(got.losses, want.losses)
+        np.testing.assert_array_equal(got.dlogits, want.dlogits)
+
+
 @pytest.mark.parametrize(
     ("capability", "V", "ld"),
     [(90, 30, 32), (90, 1027, 1027), (90, 10_300, 10_300), (75, 10_300, 10_300)],
@@ -195,6 +214,9 @@ def test_the_same_bits_in_any_order_of_threads(capability: int, V: int, ld: int)
 
 # --- wrong twins, and sanitizers -------------------------------------------------------------
 
+ARM = "        if (threadIdx.x == 0) mbarrier_arrive_expect(&arrived[half], sizeof(parts[0]));\n"
+WAIT = "        mbarrier_wait(&arrived[half], n >> 1 & 1);   // the parts of the row are there\n"
+
 WRONG = {
     # fault: (passage, what stands in its place, compute capability, V, ld)
     "no barrier before the row's parts are merged": (
@@ -208,12 +230,32 @@ WRONG = {
         "in + ld, left",
         (90, 7000, 7000),
     ),
-    "two rows share their parts": ("row += step, half ^= 1", "row += step", (90, 1027, 1028)),
-    "no barrier in the cluster": (
-        "        cluster_sync();   // the last access to another block's memory lies before it\n",
-        "",
+    "two rows share their parts": ("row += step, ++n", "row += step", (90, 1027, 1028)),
+    "nobody waits for the row's parts": (WAIT, "", (90, 10_300, 10_300)),
+    "the phase before waited for": ("n >> 1 & 1)", "~n >> 1 & 1)", (90, 10_300, 10_300)),
+    "the phase waited for changes with every row": ("n >> 1 & 1)", "n & 1)", (90, 10_300, 10_300)),
+    "a phase that is not armed": (ARM, "", (90, 10_300, 10_300)),
+    "a phase that ends before its last part": (
+        "sizeof(parts[0]));",
+        "sizeof(parts[0]) - sizeof(Part));",
         (90, 10_300, 10_300),
     ),
+    "a phase that waits for more than all parts": (
+        "sizeof(parts[0]));",
+        "sizeof(parts[0]) + sizeof(Part));",
+        (90, 28_700, 28_700),
+    ),
+    "a part pushed into the other half": (
+        "remote_part + half",
+        "remote_part + (half ^ 1)",
+        (90, 10_300, 10_300),
+    ),
+    "a part counted for the other half": (
+        "remote_arrived + half",
+        "remote_arrived + (half ^ 1)",
+        (90, 28_700, 28_700),
+    ),
+    "blocks write each other's parts": ("rank * ROW_WARPS + warp", "warp", (90, 10_300, 10_300)),
     "a block is told only its own part": (
         "if (lane < CLUSTER)",
         "if (lane == rank)",
@@ -276,6 +318,61 @@ def test_a_wrong_kernel_is_rejected(fault: str, tmp_path: Path) -> None:
     ), f"{fault}: no check noticed"
 
 
+def edited(folder: Path, *changes: tuple[str, str]) -> dict[str, Path]:
+    """``sources`` in which each passage, which occurs once by then, gives way to another."""
+    text = (KERNELS / "cross_entropy.cu").read_text(encoding="utf-8")
+    for right, wrong in changes:
+        assert text.count(right) == 1, f"{right!r} occurs {text.count(right)} times"
+        text = text.replace(right, wrong)
+    path = folder / "cross_entropy.cu"
+    path.write_text(text, encoding="utf-8")
+    return {"cross_entropy": path}
+
+
+# A block of a cluster, or a warp of it, that others may overtake.
+BEGIN = "    if (threadIdx.x == 0) {\n        mbarrier_init(&arrived[0], 1);\n"
+MEET = "        __syncwarp();   // every lane has read the row before\n"
+LAG = "for (int i = 0; i < 99; ++i) spin_pause();\n"
+LAGS = {
+    "begins late": (BEGIN, f"    if (rank == 1) {LAG}{BEGIN}"),
+    "pushes late": (MEET, f"        if (rank == 1 && warp == 2) {LAG}{MEET}"),
+    "reads late": (WAIT, f"{WAIT}        if (rank == 1 && warp == 2) {LAG}"),
+}
+ONE_HALF = ("const int half = n & 1;", "const int half = 0;"), ("n >> 1 & 1)", "n & 1)")
+OVERTAKING = {
+    # fault: (who lags, what is wrong)
+    "parts pushed before all mbarriers count": ("begins late", [("    cluster_wait();\n", "")]),
+    "one half for all rows": ("reads late", [*ONE_HALF]),
+    "a block leaves before its last row is complete": (
+        "pushes late",
+        [("        mbarrier_wait(", "        if (row + step < rows) mbarrier_wait(")],
+    ),
+}
+
+
+@pytest.mark.parametrize("V", [10_300, 28_700])
+@pytest.mark.parametrize("lag", LAGS)
+def test_a_cluster_waits_for_who_lags(lag: str, V: int, tmp_path: Path) -> None:
+    rows = Rows(5, V, V, np.float32)
+    want = Result(emulated(multiprocessors=1), rows, 0)
+    check(rows, want, 0)
+    sources = edited(tmp_path, LAGS[lag])
+    for order in ORDERS:
+        got = Result(emulated(multiprocessors=1, order=order, sources=sources), rows, 0)
+        np.testing.assert_array_equal(got.losses, want.losses)
+        np.testing.assert_array_equal(got.dlogits, want.dlogits)
+
+
+@pytest.mark.parametrize("fault", OVERTAKING)
+def test_a_cluster_that_does_not_wait_is_rejected(fault: str, tmp_path: Path) -> None:
+    lag, changes = OVERTAKING[fault]
+    sources = edited(tmp_path, LAGS[lag], *changes)
+    assert any(
+        rejects(emulated(multiprocessors=1, order=order, sources=sources), 10_300, 10_300)
+        for order in ORDERS
+    ), f"{fault}: no check noticed"
+
+
 def wrong_last_block(wrong: str, folder: Path) -> dict[str, Path]:
     """``sources`` in which a block finds out otherwise whether it is the last."""
     right = "(counter, gridDim.x - 1) == gridDim.x - 1"
@@ -294,7 +391,13 @@ def test_a_counter_that_is_not_reset_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["address", "thread"])
 @pytest.mark.parametrize(
     ("capability", "V", "ld"),
-    [(90, 30, 32), (90, 1027, 1028), (90, 10_290, 10_292), (75, 10_290, 10_290)],
+    [
+        (90, 30, 32),
+        (90, 1027, 1028),
+        (90, 10_290, 10_292),
+        (90, 28_700, 28_700),
+        (75, 10_290, 10_290),
+    ],
 )
 def test_under_a_sanitizer(kind: Sanitizer, capability: int, V: int, ld: int) -> None:
     rows = Rows(13 if V < 1000 else 4, V, ld, np.float32)
@@ -310,9 +413,79 @@ def test_the_race_checker_sees_rows_that_share_their_parts(tmp_path: Path) -> No
         Result(sanitized("thread", multiprocessors=1, sources=sources), rows, 0)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param([*ONE_HALF], id="one half"), pytest.param([(MEET, "")], id="lanes apart")],
+)
+def test_the_race_checker_sees_parts_overwritten_while_they_are_read(
+    changes: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    sources = edited(tmp_path, *changes)
+    rows = Rows(4, 10_290, 10_292, np.float32)
+    with pytest.raises(SanitizerError, match="data race"):
+        Result(sanitized("thread", multiprocessors=1, sources=sources), rows, 0)
+
+
 def test_the_race_checker_sees_a_block_that_does_not_wait_for_the_others(tmp_path: Path) -> None:
     rows = Rows(13, 30, 32, np.float32)
     sources = wrong_last_block("(counter, gridDim.x - 1) < gridDim.x", tmp_path)  # always
     device = sanitized("thread", multiprocessors=1, sources=sources)
     with pytest.raises(SanitizerError, match="data race"):
         Result(device, rows, 0)
+
+
+# --- the machine code ------------------------------------------------------------------------
+
+
+def opcodes_of(sass: str) -> list[str]:
+    """The opcode of every instruction, without its predicate."""
+    return re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", sass)
+
+
+def row_loop(sass: str) -> str:
+    """The loop over rows: the shortest that both fetches logits and stores dlogits."""
+    loops = []
+    for back in re.finditer(r"\bBRA[^;]*`\((\.L_x_\d+)\)", sass):
+        begin = sass.find(f"\n{back[1]}:")
+        loop = sass[begin : back.end()]
+        if 0 <= begin < back.start() and "LDGSTS" in loop and "STG" in loop:
+            loops.append(loop)
+    assert loops, "no loop over rows"
+    return min(loops, key=len)
+
+
+def counts(opcodes: list[str]) -> dict[str, int]:
+    """What waits for memory, and the two barriers of a cluster and a block."""
+    names = ("MEMBAR.ALL.GPU", "CCTL.IVALL", "UCGABAR_ARV", "UCGABAR_WAIT", "BAR.SYNC")
+    return {name: sum(opcode.startswith(name) for opcode in opcodes) for name in names}
+
+
+@pytest.mark.parametrize("capability", [90, 100, 120])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(k, id=f"WIDTH={dict(k.defines)['WIDTH']} CLUSTER={k.cluster}")
+        for k in launch.variants()
+        if k.cluster > 1
+    ],
+)
+def test_a_row_of_a_cluster_waits_for_no_stores(kernel: Kernel, capability: int) -> None:
+    reason = compile_gate.gate_unavailable()
+    if reason and not os.environ.get("FASTRNN_REQUIRE_GATE"):
+        pytest.skip(f"the compile gate {reason}")
+    _, cubin = compile_gate.compile_module(kernel.file, kernel.defines, capability)
+    sass = compile_gate.disassemble(cubin)[kernel.name]
+    row = opcodes_of(row_loop(sass))
+    assert counts(row) == dict.fromkeys(counts(row), 0)
+    assert sum(opcode.startswith("STAS") for opcode in row) == 1
+    assert any(opcode.startswith("SYNCS.ARRIVE") for opcode in row)
+    assert any(opcode.startswith("SYNCS.PHASECHK") for opcode in row)
+    # One barrier of the cluster at the beginning, and the grid's counter at the end with a block's
+    # barriers: two around it, one for the sum.
+    assert counts(opcodes_of(sass)) == {
+        "MEMBAR.ALL.GPU": 2,
+        "CCTL.IVALL": 2,
+        "UCGABAR_ARV": 1,
+        "UCGABAR_WAIT": 1,
+        "BAR.SYNC": 3,
+    }

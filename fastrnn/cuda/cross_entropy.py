@@ -66,9 +66,10 @@ class _Shape:
 
     def _opcodes(self, width: int) -> tuple[str, ...]:
         load = "LDGSTS\\.E" if self.prefetch else "LDG\\.E"
+        exchange = ("STAS", "SYNCS") if self.cluster > 1 else ()
         if width > 1:
-            return f"{load}[.\\w]*\\.128", "STG\\.E[.\\w]*\\.128"
-        return (load,) if self.prefetch else ()
+            return f"{load}[.\\w]*\\.128", "STG\\.E[.\\w]*\\.128", *exchange
+        return (load, *exchange) if self.prefetch else ()
 
 
 # Ascending by columns; a row goes to the first that holds it. Registers bound values x blocks; a
