@@ -1,4 +1,4 @@
-"""Generation in CUDA C, in the emulator: the tokens of the definition in ``fastrnn/decoding.py``."""
+"""Generation in CUDA C, in the emulator: the tokens of ``fastrnn/decoding.py``'s definition."""
 
 from __future__ import annotations
 

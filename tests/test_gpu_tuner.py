@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu_tuner
-from benchmarks.gpu_tuner import PRODUCTS, SECTIONS, lines, table, tune, verdicts
+from benchmarks.gpu import tuner
+from benchmarks.gpu.tuner import PRODUCTS, SECTIONS, lines, table, tune, verdicts
 from fastrnn.backends.cupy_cuda import CupyBackend
 from fastrnn.cuda import gemm, recurrence, tuned
 from fastrnn.cuda.cupy_device import source_digest
@@ -193,7 +193,7 @@ def test_what_the_headline_costs(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
         return 1e-5
 
-    monkeypatch.setattr(gpu_tuner, "_hold", lambda *arguments: None)
+    monkeypatch.setattr(tuner, "_hold", lambda *arguments: None)
     only = [section for section in SECTIONS if section != "step"]
     result = tune(lambda _: None, CupyBackend(device), clock, False, only)
     rows = result["rows"]
@@ -315,14 +315,14 @@ def test_the_command_finds_rows_anywhere_and_prints_a_table(
     rows = [product_row(MIDDLE, 10e-6, True, **here), product_row(SMALL, 8e-6, **here)]
     result, printed = tmp_path / "gpu.json", tmp_path / "tuned.json"
     result.write_text(json.dumps({"parts": [{"tuner": {"result": {"rows": rows}}}]}))
-    assert gpu_tuner.main([str(result)]) == 0
+    assert tuner.main([str(result)]) == 0
     printed.write_text(capsys.readouterr().out)
     read = tuned.read(printed).product(
         KEY["device"], 132, 1120, 1027, 256, np.float32, False, False
     )
     assert read == (tuned.tile_fields(SMALL), 306)
     result.write_text("{}")
-    assert gpu_tuner.main([str(result)]) == 2
+    assert tuner.main([str(result)]) == 2
     assert "expected rows of the tuner, found none" in capsys.readouterr().err
 
 

@@ -8,7 +8,9 @@ worker      the process in which they run
 measure     what is right, and how long it takes
 clock       device time of a call
 nodes       the kernels of a training step, one by one
-tasks       probe, compile ahead, peers, tuner
+torch_cases what a torch user calls, against nn.RNN
+tuner       what the launchers' plans are chosen by
+tasks       probe, device, compile ahead, peers, tuner: a process each
 record      gpu.json, and joining two of them
 report      gpu.md
 """

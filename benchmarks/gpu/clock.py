@@ -1,7 +1,7 @@
 """Device time of a call: replays of a graph of many, between two events.
 
-On an idle device the clocks are low and the first event is over before the host has launched the
-graph, so the device spins before every timed replay, and for a tenth of a second after host work.
+On an idle device the clocks are low, and the first event is over before the host has launched the
+graph: so the device spins before every timed replay, and for longer where the host was busy.
 A stand-in has no device time: a host clock stands around one call.
 """
 
@@ -12,16 +12,16 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fastrnn.backend import Backend
 
 LEAST_SECONDS, MOST_CALLS, REPLAYS = 2e-3, 512, 7
-WARM_NS, LAUNCH_NS = 100_000_000, 100_000
-"""What the device spins before the first replay of a call, and before each: the time that the host
-takes to launch a graph."""
+IDLE_SECONDS, WARM_NS, LAUNCH_NS = 20e-3, 100_000_000, 100_000
+"""A device that was idle for so long spins a tenth of a second; else for as long as the host takes
+to launch a graph."""
 
 Call = Callable[[], Any]
 
@@ -47,11 +47,11 @@ def seconds(backend: Backend, call: Call) -> float:
     call()
     backend.sync()
     graph = Replay(backend, lambda _: call(), 1)
-    graph.warm_up()
+    graph.seconds()
     once = graph.seconds()
     repeats = int(min(MOST_CALLS, max(1, LEAST_SECONDS / max(once, 1e-7))))
     many = Replay(backend, lambda _: call(), repeats)
-    many.warm_up()
+    many.seconds()
     return statistics.median(many.seconds() for _ in range(REPLAYS)) / repeats
 
 
@@ -68,11 +68,9 @@ def seconds_restored(
     if is_stand_in(backend):
         return _host_seconds(lambda: submit(0))
     graph = Replay(backend, submit, repeats)
-    graph.warm_up()
+    graph.seconds()
     times = []
     for _ in range(REPLAYS):
-        restore()
-        graph.warm_up()  # the host has just copied
         restore()
         times.append(graph.seconds())
     return statistics.median(times) / repeats
@@ -111,6 +109,7 @@ class Replay:
     _record: Callable[[int], Any]
     _wait: Callable[[], Any]
     _elapsed: Callable[[], Any]
+    _ended: ClassVar[float] = 0.0  # the last replay of this process, of time.monotonic()
 
     def _open_cupy(self, backend: Backend, record: Call) -> None:
         cupy = importlib.import_module("cupy")
@@ -139,17 +138,14 @@ class Replay:
 
     def seconds(self) -> float:
         """Of one replay."""
-        _spin(self._stream, LAUNCH_NS)
+        idle = time.monotonic() - Replay._ended > IDLE_SECONDS
+        _spin(self._stream, WARM_NS if idle else LAUNCH_NS)
         self._record(0)
         self._launch()
         self._record(1)
         self._wait()
+        Replay._ended = time.monotonic()
         return float(self._elapsed()) * 1e-3
-
-    def warm_up(self) -> None:
-        """Raise the clocks, then replay once."""
-        _spin(self._stream, WARM_NS)
-        self.seconds()
 
 
 class _ForeignStream:

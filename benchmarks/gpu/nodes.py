@@ -6,7 +6,7 @@ and W_hq in rows of ``ld`` values, batches by a cursor, scratch that stays where
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,8 @@ def _recurrent(s: _Setting) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _states(W_xh: Any, b_h: Any, W_hh: Any, h0: Any, x: Any) -> Any:
+def _states(weights: Sequence[Any], x: Any) -> Any:
+    W_xh, b_h, W_hh, h0 = weights
     h = [h0]
     for x_t in x:
         h.append(np.tanh(W_xh[x_t] + b_h + h[-1] @ W_hh))
@@ -94,8 +95,8 @@ def _recurrence(s: _Setting) -> OpCase:
     h, cursor = s.inputs.empty(s.dims.T, s.dims.B, s.dims.H), s.backend.put(np.zeros(1, np.int32))
 
     def results() -> list[Result]:
-        want = _states(*map(wide, hosts[:4]), hosts[4])
-        return [Result("h", s.backend.get(h), want, _states(*hosts))]
+        want = _states([wide(a) for a in hosts[:4]], hosts[4])
+        return [Result("h", s.backend.get(h), want, _states(hosts[:4], hosts[4]))]
 
     return s.case(
         "recurrence", "recurrence", work("recurrence", s.dims),
@@ -107,7 +108,7 @@ def _recurrence(s: _Setting) -> OpCase:
 def _bptt(s: _Setting) -> OpCase:
     T, B, H = s.dims.T, s.dims.B, s.dims.H
     hosts = _recurrent(s)
-    states, d, W = _states(*hosts), s.normal(T, B, H), hosts[2]
+    states, d, W = _states(hosts[:4], hosts[4]), s.normal(T, B, H), hosts[2]
     h, dh, W_hh = s.inputs.put(states, d, W)
     dz, dh0 = s.inputs.empty(T, B, H), s.inputs.empty(B, H)
 

@@ -142,7 +142,7 @@ def _table(part: Part, result: dict[str, Any], record: Record) -> list[str]:
             line for which in bench.tables() for line in [*bench.markdown(*which).split("\n"), ""]
         ]
     if part.task == "tuner":
-        from benchmarks.gpu_tuner import lines
+        from benchmarks.gpu.tuner import lines
 
         return lines(result)
     if part.profiler:

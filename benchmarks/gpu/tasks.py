@@ -139,10 +139,11 @@ def peers(workload: str, names: tuple[str, ...], rounds: int = 3) -> Callable[[T
 
 def tuner(task: Task) -> Found:
     """What the plans of the launchers are chosen by."""
-    from benchmarks.gpu_tuner import tune
+    from benchmarks.gpu.tuner import tune
 
     backend = task.open("cupy")
-    return tune(task.save, backend, functools.partial(seconds, backend), toy=task.toy)
+    clock = functools.partial(seconds, backend)
+    return tune(task.save, backend, clock, toy=task.toy)  # type: ignore[arg-type]
 
 
 def bench_of(result: Found) -> BenchResult:

@@ -3,7 +3,7 @@
 A plan decides in which order sums are taken, hence the last bits of a result. So nothing is
 measured while a program runs: a table is a file. ``tuned.json`` beside this module is read unless
 the environment variable ``FASTRNN_TUNED`` names another file, or is empty: then none is.
-``python -m benchmarks.gpu_tuner`` writes one from what a run measured::
+``python -m benchmarks.gpu.tuner`` writes one from what a run measured::
 
     {"products": [{"device": "NVIDIA H100 80GB HBM3", "multiprocessors": 132,
                    "kernels": "0123456789abcdef", "M": 1120, "N": 1027, "K": 256,

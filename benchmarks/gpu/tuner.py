@@ -1,6 +1,6 @@
 """What the launchers' plans are chosen by, measured: residency, recurrences, products, branches.
 
-    python -m benchmarks.gpu_tuner RESULT.json > tuned.json
+    python -m benchmarks.gpu.tuner RESULT.json > tuned.json
 
 turns what :func:`tune` found, by itself or anywhere inside a larger record, into a table for
 ``FASTRNN_TUNED`` (see :mod:`fastrnn.cuda.tuned`). Every plan that is timed is first held to a
@@ -695,7 +695,7 @@ def _rows(record: Any) -> Iterator[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tuner", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tuner", description=__doc__)
     parser.add_argument("result", type=Path, help="what a run measured, in JSON")
     options = parser.parse_args(arguments)
     rows = list(_rows(json.loads(options.result.read_text(encoding="utf-8"))))
