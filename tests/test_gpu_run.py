@@ -519,12 +519,34 @@ def test_goals_are_judged_by_what_was_measured() -> None:
     assert "13.5 µs" in text, "the prediction stands beside it"
 
 
-def test_a_peer_that_cannot_be_had_is_absent() -> None:
-    part = peers_part("peers-compiled", "recurrence", {"flashrnn-elman": None, "cupy": 1.0})
-    result = part["peers-compiled"]["result"]
-    assert report.absence(result) == "no peer could be had: flashrnn-elman: not installed"
-    part = peers_part("peers-compiled", "recurrence", {"flashrnn-elman": None, "cudnn": 1.0})
-    assert report.absence(part["peers-compiled"]["result"]) is None
+def test_a_peer_that_cannot_be_had_is_absent_and_only_our_own_failure_fails() -> None:
+    def verdict(times: dict[str, float | None], **statuses: str) -> tuple[str, str]:
+        result = peers_part("peers-step", "step", times)["peers-step"]["result"]
+        for row in result["bench"]["rows"]:
+            if row["name"] in statuses:
+                row |= {"status": statuses[row["name"]], "reason": "why", "seconds": None}
+        return report.verdict(result)
+
+    absent = "no peer could be had: flashrnn: not installed"
+    assert verdict({"flashrnn": None, "cupy": 1.0}) == ("absent", absent)
+    assert verdict({"flashrnn": None, "cudnn": 1.0, "cupy": 1.0}) == ("ok", "")
+    peer_wrong = verdict({"cudnn": 1.0, "cupy": 1.0}, cudnn="wrong")
+    assert peer_wrong == ("ok", "cudnn: wrong: why")
+    assert verdict({"cudnn": 1.0, "cupy": 1.0}, cupy="failed") == ("failed", "cupy: failed: why")
+    assert report.verdict({"packages": {}}) == ("ok", "")
+    plans = {"plans": {"rows": [{"section": "gap"}, {"section": "product", "failed": "no"}]}}
+    assert report.verdict(plans) == ("failed", "1 rows, product: no")
+
+
+def test_a_table_that_cannot_be_drawn_loses_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = gpu.Run(tmp_path)
+    made.found["parts"]["probe"] = {"status": "ok", "result": {"packages": {}}}
+    monkeypatch.setattr(report, "_table", lambda *arguments: 1 / 0)
+    made.save()
+    assert stored(tmp_path)["parts"]["probe"]["status"] == "ok"
+    assert "ZeroDivisionError" in (tmp_path / "gpu.md").read_text()
 
 
 def test_the_table_of_verdicts_names_what_is_not_right() -> None:

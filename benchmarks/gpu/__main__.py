@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,12 @@ class Run:
         joined = record.join(self.before, self.found)
         record.save(joined, self.out)
         if markdown:
-            (self.out / record.MARKDOWN).write_text(report.markdown(joined), encoding="utf-8")
+            try:
+                text = report.markdown(joined)
+            except Exception:  # figures are not lost for a table's sake
+                text = f"```\n{traceback.format_exc()}```\n"
+                print(text, file=sys.stderr)
+            (self.out / record.MARKDOWN).write_text(text, encoding="utf-8")
         self.saved = time.monotonic()
         return joined
 
@@ -167,10 +173,8 @@ class Run:
         if code is None:
             outcome |= {"status": "stopped", "reason": f"no end within {limit:.0f} s"}
         elif code == 0:
-            outcome["status"] = "ok"
-            absent = report.absence(outcome.get("result", {}))
-            if absent:
-                outcome |= {"status": "absent", "reason": absent}
+            outcome["status"], reason = report.verdict(outcome.get("result", {}))
+            outcome |= {"reason": reason} if reason else {}
         else:
             reason = f"exit status {code}: {last_line(log, at)}"
             outcome |= {"status": "failed", "reason": reason}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, tuner
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.tasks import bench_of
 from fastrnn.bench import BenchResult, format_seconds, markdown_table
@@ -64,14 +64,22 @@ def benches(record: Record) -> dict[str, BenchResult]:
     }
 
 
-def absence(result: dict[str, Any]) -> str | None:
-    """Why a part against peers has nothing to tell: none of them could be had."""
+def verdict(result: dict[str, Any]) -> tuple[str, str]:
+    """The status of a task that has ended, and the reason, by what it found."""
+    if "plans" in result:
+        failed = [row for row in result["plans"]["rows"] if "failed" in row]
+        if failed:
+            return "failed", f"{len(failed)} rows, {failed[0]['section']}: {failed[0]['failed']}"
     if "bench" not in result:
-        return None
-    rows = [row for row in bench_of(result).rows if not row.ours]
-    if not rows or any(row.status != "missing" for row in rows):
-        return None
-    return f"no peer could be had: {rows[0].label}: {rows[0].reason}"
+        return "ok", ""
+    rows = bench_of(result).rows
+    told = [f"{r.label}: {r.status}: {r.reason}" for r in rows if r.status in ("wrong", "failed")]
+    if any(row.ours and row.status != "ok" for row in rows):
+        return "failed", "; ".join(told) or "a contender of ours is missing"
+    peers = [row for row in rows if not row.ours]
+    if peers and all(row.status == "missing" for row in peers):
+        return "absent", f"no peer could be had: {peers[0].label}: {peers[0].reason}"
+    return "ok", "; ".join(told)
 
 
 def copy_rate(record: Record) -> float | None:
@@ -141,10 +149,8 @@ def _table(part: Part, result: dict[str, Any], record: Record) -> list[str]:
         return [
             line for which in bench.tables() for line in [*bench.markdown(*which).split("\n"), ""]
         ]
-    if part.task == "tuner":
-        from benchmarks.gpu.tuner import lines
-
-        return lines(result)
+    if "plans" in result:
+        return tuner.lines(result["plans"])
     if part.profiler:
         return ["```", *result["text"].splitlines(), "```"]
     text = json.dumps(result, indent=1, ensure_ascii=False)

@@ -143,7 +143,11 @@ def tuner(task: Task) -> Found:
 
     backend = task.open("cupy")
     clock = functools.partial(seconds, backend)
-    return tune(task.save, backend, clock, toy=task.toy)  # type: ignore[arg-type]
+
+    def save(found: Found) -> None:
+        task.save({"plans": found})
+
+    return {"plans": tune(save, backend, clock, toy=task.toy)}  # type: ignore[arg-type]
 
 
 def bench_of(result: Found) -> BenchResult:
