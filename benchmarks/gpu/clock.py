@@ -7,6 +7,7 @@ A stand-in has no device time: a host clock stands around one call.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import statistics
@@ -105,6 +106,7 @@ class Replay:
         else:
             self._open_numba(backend, record)
 
+    _stream: Any
     _launch: Callable[[], Any]
     _record: Callable[[int], Any]
     _wait: Callable[[], Any]
@@ -115,7 +117,7 @@ class Replay:
         cupy = importlib.import_module("cupy")
         graph = backend.device.capture(record)  # type: ignore[attr-defined]
         events = cupy.cuda.Event(), cupy.cuda.Event()
-        self._stream = cupy.cuda.get_current_stream().ptr
+        self._stream = contextlib.nullcontext()
         self._launch = graph.launch
         self._record = lambda i: events[i].record()
         self._wait = events[1].synchronize
@@ -130,7 +132,7 @@ class Replay:
         with cuda.defer_cleanup(), graph.capture():
             record()
         events = cuda.event(), cuda.event()
-        self._stream = int(stream)
+        self._stream = _as_cupys(int(stream))
         self._launch = graph.launch
         self._record = lambda i: events[i].record(stream)
         self._wait = events[1].synchronize
@@ -139,7 +141,8 @@ class Replay:
     def seconds(self) -> float:
         """Of one replay."""
         idle = time.monotonic() - Replay._ended > IDLE_SECONDS
-        _spin(self._stream, WARM_NS if idle else LAUNCH_NS)
+        with self._stream:
+            _spin(WARM_NS if idle else LAUNCH_NS)
         self._record(0)
         self._launch()
         self._record(1)
@@ -162,21 +165,23 @@ class _ForeignStream:
 def _spin_kernel() -> Any:
     """None without CuPy: then the launch of a graph is timed with it."""
     try:
-        cupy = importlib.import_module("cupy")
+        return importlib.import_module("cupy").RawKernel(SPIN, "spin")
     except ImportError:
         return None
-    return cupy.RawKernel(SPIN, "spin")
 
 
-def _spin(handle: int, nanoseconds: int) -> None:
-    """Keep a stream of the device busy for so long."""
+def _spin(nanoseconds: int) -> None:
+    """Keep CuPy's current stream busy for so long."""
     kernel = _spin_kernel()
-    if kernel is None:
-        return
-    stream = importlib.import_module("cupy").cuda.Stream
-    if hasattr(stream, "from_external"):
-        foreign = stream.from_external(_ForeignStream(handle))
-    else:  # before CuPy 14
-        foreign = importlib.import_module("cupy").cuda.ExternalStream(handle)
-    with foreign:
+    if kernel is not None:
         kernel((1,), (1,), (np.int64(nanoseconds),))
+
+
+def _as_cupys(handle: int) -> Any:
+    """A context in which another library's stream is CuPy's current one."""
+    if _spin_kernel() is None:
+        return contextlib.nullcontext()
+    cuda = importlib.import_module("cupy").cuda
+    if hasattr(cuda.Stream, "from_external"):
+        return cuda.Stream.from_external(_ForeignStream(handle))
+    return cuda.ExternalStream(handle)  # before CuPy 14
