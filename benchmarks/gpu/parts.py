@@ -183,8 +183,8 @@ class Selection:
             if part.stage in self.stages and (not self.backends or part.backend in self.backends)
         ]
         by_part = {w for w in self.words if w in names}
-        by_kind = {w for w in self.words if w in kinds and w not in names}
-        by_op, by_size = ({w for w in self.words if w in known} for known in (ops, sizes))
+        others = set(self.words) - by_part  # "step" is a part, a kind and an op: the part is meant
+        by_kind, by_op, by_size = (others & set(known) for known in (kinds, ops, sizes))
         found = []
         for part in chosen:
             rows = part.cases(self.stand_in) if part.cases else []
@@ -192,7 +192,7 @@ class Selection:
             kinds_of = by_kind | (by_part & set(kinds))
             if (by_part or by_kind) and not named:
                 rows = [case for case in rows if case.kind in kinds_of]
-                if not rows:
+                if not rows or part.prefix:  # a sanitizer is asked for by its name
                     continue
             if by_op or by_size:
                 rows = [
