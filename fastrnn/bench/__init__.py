@@ -12,7 +12,15 @@ machine that slows down for a while slows down both. A contender whose result is
 one that is not installed is reported as missing, with the reason.
 """
 
-from fastrnn.bench.contenders import PEERS, Contender, backend_contender, choose_contenders
+from fastrnn.bench.contenders import (
+    GPU_PEERS,
+    GPU_SLOW_PEERS,
+    PEERS,
+    Contender,
+    backend_contender,
+    choose_contenders,
+    graph_contender,
+)
 from fastrnn.bench.formatting import format_seconds, markdown_table
 from fastrnn.bench.measurement import SETTLE_SECONDS, measure
 from fastrnn.bench.paths import PEER_FOLDER
@@ -22,12 +30,15 @@ from fastrnn.bench.results import BenchResult, Row
 from fastrnn.bench.roofline import Work, work
 from fastrnn.bench.run import run_bench
 from fastrnn.bench.summary import paired_ratio
-from fastrnn.bench.worker import Worker, WorkerError
-from fastrnn.bench.workloads import HEADLINE, SIZES, UNITS, WORKLOADS
+from fastrnn.bench.worker import Worker, WorkerError, WorkerTimeoutError
+from fastrnn.bench.workloads import HEADLINE, MODES, SIZES, UNITS, WORKLOADS
 
 __all__ = [
     "CHECK_CHARACTERS",
+    "GPU_PEERS",
+    "GPU_SLOW_PEERS",
     "HEADLINE",
+    "MODES",
     "PEERS",
     "PEER_FOLDER",
     "SETTLE_SECONDS",
@@ -40,10 +51,12 @@ __all__ = [
     "Work",
     "Worker",
     "WorkerError",
+    "WorkerTimeoutError",
     "backend_contender",
     "choose_contenders",
     "commit",
     "format_seconds",
+    "graph_contender",
     "machine",
     "machine_slug",
     "make_problem",
