@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -10,7 +11,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -317,6 +320,17 @@ def test_run_bench_measures_our_backend() -> None:
     assert "fastrnn numpy" in result.table()
 
 
+def test_the_first_call_is_measured_once_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrnn.bench import run
+
+    monkeypatch.setattr(run, "measure", lambda *args, **options: bench.Measurement([], {}, {}))
+    monkeypatch.setattr(run, "measure_first_call", lambda backend: {"cold": 2.0, "warm": 1.0})
+    result = bench.run_bench(
+        ["step"], ["tiny"], peers=["jax-scan"], backends=["cupy", "numpy"], first_call=True
+    )
+    assert result.first_call == {"cupy": {"cold": 2.0, "warm": 1.0}}
+
+
 def test_every_peer_has_its_file() -> None:
     names = [p.name for p in bench.PEERS]
     assert len(set(names)) == len(names)
@@ -434,6 +448,93 @@ def test_ops_from_graphs_agree_with_the_oracle(monkeypatch: pytest.MonkeyPatch) 
         contender.run(1)
         found = {k: np.asarray(a)[None] for k, a in contender.result().items()}
         assert bench.relative_error(found, expected) < 1e-5, workload
+
+
+def test_numba_cuda_records_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrnn.backends import numba_cuda
+
+    monkeypatch.syspath_prepend(str(bench.PEER_FOLDER))
+    peer = importlib.import_module("fastrnn_backend")
+    said: list[Any] = []
+
+    @contextlib.contextmanager
+    def block(name: str) -> Iterator[None]:
+        said.append(f"{name} begins")
+        yield
+        said.append(f"{name} ends")
+
+    class Graph:
+        def __init__(self, stream: Any) -> None:
+            said.append(stream)
+
+        def capture(self) -> Any:
+            return block("capture")
+
+        def launch(self) -> None:
+            said.append("launch")
+
+    driver = SimpleNamespace(defer_cleanup=lambda: block("no frees"))
+    monkeypatch.setattr(numba_cuda, "Graph", Graph)
+    monkeypatch.setattr(numba_cuda, "maintained_cuda", lambda: driver)
+    backend = SimpleNamespace(name="numba-cuda", stream="stream 9")
+    replay = peer.record(backend, lambda: said.append("op"), 2)
+    replay()
+    assert said == [
+        "stream 9", "no frees begins", "capture begins", "op", "op", "capture ends",
+        "no frees ends", "launch",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "workload", "variant"),
+    [
+        ("torch_rnn", "recurrence", "gather-graph"),
+        ("torch_rnn", "recurrence+bptt", "gather-graph"),
+        ("torch_cross_entropy", "cross_entropy", "torch-graph"),
+        ("torch_loop", "generate", "eager-graph"),
+    ],
+)
+def test_torch_reads_the_results_of_the_graph_it_replayed_last(
+    module: str, workload: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captures are pretended: what a capture ran is what its replays would leave behind."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.syspath_prepend(str(bench.PEER_FOLDER))
+    replays: list[int] = []
+
+    def captured(call: Any, undo: Any = None) -> Any:
+        call()
+        number = len(replays)
+        replays.append(0)
+
+        def replay() -> None:
+            replays[number] += 1
+
+        return replay
+
+    for name in ("torch_rnn", "torch_loop"):
+        monkeypatch.setattr(importlib.import_module(name), "captured", captured)
+    problem, expected = bench.make_problem(workload, bench.SIZES["tiny"])
+    peer = importlib.import_module(module).WORKLOADS[workload](problem, variant)
+    n = bench.CHECK_CHARACTERS if workload == "generate" else 18
+    for _ in range(2):
+        peer.run(n)
+    found = {k: np.asarray(a)[None] for k, a in peer.result().items()}
+    assert bench.relative_error(found, expected) < 1e-5
+    assert replays == ([2] if workload == "generate" else [2, 4])
+
+
+@pytest.mark.parametrize("name", ["jax-cross-entropy-cuda", "torch-loop-cuda"])
+def test_peers_of_a_gpu_alone_agree_with_the_oracle(name: str) -> None:
+    """On the CPU, where they run as well."""
+    (peer,) = (p for p in bench.PEERS if p.name == name)
+    pytest.importorskip(peer.module.partition("_")[0], reason=f"{peer.module} has no framework")
+    here = dataclasses.replace(
+        peer, device="cpu", variant=peer.variant.replace("-cuda", "").replace("cuda", "cpu")
+    )
+    workload = peer.workloads[0]
+    (row,) = bench.measure([here], workload, "tiny", rounds=1, turn_seconds=0.01).rows
+    assert row.status == "ok", row.reason
 
 
 def test_replays_take_the_larger_graph_as_often_as_it_fits(

@@ -4,12 +4,14 @@ Every contender, our backends and the peers alike, runs in a process of its own 
 ``benchmarks/peers``), so that no library's thread pool sits in another's way and memory and
 compilation are measured one by one. The coordinator, :func:`measure`,
 
-    makes one problem -> starts the workers one after another -> checks each against the oracle
+    makes one problem -> starts the workers, in turn or side by side -> checks each against the oracle
     -> lets them take turns, in another order every round, while all others sleep on a pipe
 
 and compares medians round by round: a ratio is the median over rounds of (peer / ours), so a
-machine that slows down for a while slows down both. A contender whose result is wrong gets no time;
-one that is not installed is reported as missing, with the reason.
+machine that slows down for a while slows down both. On a GPU graphs are paired with graphs, and
+eager calls with eager calls. A contender whose result is wrong gets no time; one that is not
+installed or cannot be built is reported as missing, with the reason, and one that takes too long is
+stopped.
 """
 
 from fastrnn.bench.contenders import (
@@ -22,7 +24,7 @@ from fastrnn.bench.contenders import (
     graph_contender,
 )
 from fastrnn.bench.formatting import format_seconds, markdown_table
-from fastrnn.bench.measurement import SETTLE_SECONDS, measure
+from fastrnn.bench.measurement import SETTLE_SECONDS, Measurement, measure
 from fastrnn.bench.paths import PEER_FOLDER
 from fastrnn.bench.problems import CHECK_CHARACTERS, make_problem, relative_error, zipf_tokens
 from fastrnn.bench.provenance import commit, machine, machine_slug
@@ -47,6 +49,7 @@ __all__ = [
     "WORKLOADS",
     "BenchResult",
     "Contender",
+    "Measurement",
     "Row",
     "Work",
     "Worker",

@@ -230,7 +230,7 @@ PEERS = (
 )
 
 _CUDNN = ("cudnn-graph", "cudnn", "cudnn-graph-tf32")
-_TRITON = ("triton-graph", "triton", "triton-graph-tf32")
+_TRITON = ("triton-graph", "triton-graph-tf32")
 GPU_PEERS: dict[str, tuple[str, ...]] = {
     "step": (*_CUDNN, "jax-scan-cuda", "fastrnn-torch-cuda"),
     "recurrence": (*_CUDNN, "jax-scan-cuda", *_TRITON, "fastrnn-torch-cuda"),
@@ -242,7 +242,7 @@ GPU_PEERS: dict[str, tuple[str, ...]] = {
     ),
     "generate": ("jax-scan-cuda", "torch-loop-graph", "torch-loop-cuda"),
 }
-"""For a short run on a GPU: the peers of a workload that start within some ten seconds."""
+"""For a short run on a GPU: the peers of a workload that start within a quarter of a minute."""
 GPU_SLOW_PEERS: dict[str, tuple[str, ...]] = {
     "step": ("torch-compile-cuda",),
     "recurrence": ("flashrnn-elman", "torch-compile-cuda"),

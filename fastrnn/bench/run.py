@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+from fastrnn.backend import BACKENDS
 from fastrnn.bench.contenders import choose_contenders
 from fastrnn.bench.first_call import measure_first_call
 from fastrnn.bench.measurement import measure
@@ -85,7 +86,7 @@ def run_bench(
                 result.rates[key] = max(rate, result.rates.get(key, 0.0))
     if first_call:
         for contender in contenders:
-            if contender.module == "fastrnn_backend" and contender.variant != "numpy":
+            if contender.variant in BACKENDS and contender.variant != "numpy":
                 progress(f"first call of {contender.label}, with an empty JIT cache")
                 result.first_call[contender.name] = measure_first_call(contender.variant)
     result.seconds = time.monotonic() - start
