@@ -4,8 +4,8 @@ Every contender, our backends and the peers alike, runs in a process of its own 
 ``benchmarks/peers``), so that no library's thread pool sits in another's way and memory and
 compilation are measured one by one. The coordinator, :func:`measure`,
 
-    makes one problem -> starts the workers, in turn or side by side -> checks each against the oracle
-    -> lets them take turns, in another order every round, while all others sleep on a pipe
+    makes one problem -> starts the workers, in turn or side by side -> checks each against the
+    oracle -> lets them take turns, in another order every round, while all others sleep on a pipe
 
 and compares medians round by round: a ratio is the median over rounds of (peer / ours), so a
 machine that slows down for a while slows down both. On a GPU graphs are paired with graphs, and
