@@ -1,4 +1,4 @@
-"""The ops of the model for JAX on a CPU, with gradients, eagerly or under ``jit``.
+"""The ops of the model for JAX, with gradients, eagerly or under ``jit``; fast on a CPU.
 
     z = gather(W_xh, tokens, b_h)
     h = recurrence(z, W_hh, h0)
@@ -7,14 +7,17 @@
 
 Each is a ``jax.custom_vjp`` whose two directions run the CPU backend's op on XLA's own buffers:
 nothing is copied, and the result is the same to the bit in every run. ``FASTRNN_BACKEND`` chooses
-the backend as for :mod:`fastrnn.ops`.
+the backend as for :mod:`fastrnn.ops`. Which platform a program is for is known when JAX lowers it:
+for a GPU or a TPU it gets the same ops in plain JAX, ``lax.scan`` among them, with the products of
+their dtype and not of TF32, and a UserWarning, one in a process, says so.
 
 Arguments are JAX or NumPy arrays; as everywhere in JAX, a NumPy array of float64 is taken as
 float32 unless ``jax_enable_x64`` is set. Shapes and dtypes are checked when a function is called or
 traced: TypeError for what is not an array or not of the right dtype (float32 and float64 are
 taken, never mixed), ValueError for a wrong shape. A token out of range is a ValueError where the
 tokens are known at that time; under a transformation they are not, and JAX raises the ValueError
-inside its own ``jax.errors.JaxRuntimeError`` when the result is awaited.
+inside its own ``jax.errors.JaxRuntimeError`` when the result is awaited. In plain JAX nothing can
+be raised then: what such a token has a part in is NaN.
 
 ``grad``, ``value_and_grad``, ``vjp``, ``checkpoint``, ``scan`` and donated buffers work as for any
 function of JAX's. Apart from that:
@@ -24,10 +27,9 @@ function of JAX's. Apart from that:
 - ``shard_map`` needs ``check_vma=False`` for gradients.
 - There are first derivatives in reverse mode. A second derivative raises NotImplementedError,
   ``jvp`` TypeError.
-- On a GPU the program fails with a ``JaxRuntimeError`` that says so: compute under
-  ``jax.default_device(jax.devices("cpu")[0])`` there.
-- A compiled program with these ops is neither kept in JAX's persistent cache nor exportable, and
-  Ctrl-C while one of them runs is a ``JaxRuntimeError`` that names KeyboardInterrupt.
+- A program with these ops that was compiled for a CPU is neither kept in JAX's persistent cache nor
+  exportable, and Ctrl-C while one of them runs is a ``JaxRuntimeError`` that names
+  KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import atexit
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +48,9 @@ from fastrnn.ops import _check_shape, _cpu_backend, _readable
 
 try:
     import jax
+    import jax.extend.core
+    import jax.interpreters.batching
+    import jax.interpreters.mlir
     import jax.numpy as jnp
     from jax.experimental.buffer_callback import buffer_callback
 except ImportError as _error:
@@ -181,9 +187,19 @@ def _like(array: Array, *shape: int) -> Any:
 
 
 def _call(op: str, out: Any, *operands: Array) -> Any:
-    """A call of the backend's ``op`` in the compiled program, with results as in ``out``."""
+    """The ``op`` in the compiled program, with results as in ``out``: a call of the CPU backend's
+    where the program is for a CPU, else plain JAX.
+    """
     _wait_at_exit()
-    call = jax.custom_jvp(buffer_callback(_CALLBACKS[op], out, vmap_method="sequential"))
+    callback = buffer_callback(_CALLBACKS[op], out, vmap_method="sequential")
+    plain = functools.partial(_PLAIN[op], out)
+
+    def elsewhere(first: Array, *rest: Array) -> Any:
+        return plain(_in_plain_jax.bind(first), *rest)
+
+    call = jax.custom_jvp(
+        lambda *args: jax.lax.platform_dependent(*args, cpu=callback, default=elsewhere)
+    )
     call.defjvp(_no_derivative)
     return call(*operands)
 
@@ -223,15 +239,8 @@ _CALLBACKS = {
     )
 }
 
-_CPU = 1  # a device type of dlpack.h
-
 
 def _view(buffer: Any) -> Any:
-    if buffer.__dlpack_device__()[0] != _CPU:
-        raise RuntimeError(
-            "fastrnn.jax computes on the CPU only: put the arrays there with "
-            'jax.device_put(..., jax.devices("cpu")[0]), or use fastrnn.ops or fastrnn.torch'
-        )
     return _readable(np.asarray(buffer))
 
 
@@ -262,6 +271,98 @@ def _wait_at_exit() -> None:
                     array.block_until_ready()
 
     atexit.register(wait)
+
+
+# --- Plain JAX, for other platforms than a CPU -------------------------------------------------
+
+_matmul = functools.partial(jnp.matmul, precision="highest")
+_einsum = functools.partial(jnp.einsum, precision="highest")
+
+
+def _plain_gather(_: Any, W_xh: Array, tokens: Array, b_h: Array) -> Array:
+    rows = _rows(tokens, len(W_xh))
+    return W_xh.at[rows].get(mode="fill", fill_value=jnp.nan) + b_h
+
+
+def _plain_gather_backward(out: Any, dz: Array, tokens: Array) -> tuple[Array, Array]:
+    zero = jnp.zeros(out[0].shape, dz.dtype)
+    rows = _rows(tokens, len(zero))
+    dz = jnp.where((rows < len(zero))[..., None], dz, jnp.nan)
+    return zero.at[rows].add(dz, mode="drop"), dz.sum((0, 1))
+
+
+def _plain_recurrence(_: Any, z: Array, W_hh: Array, h0: Array) -> Array:
+    def cell(h: Array, z_t: Array) -> tuple[Array, Array]:
+        h = jnp.tanh(z_t + _matmul(h, W_hh))
+        return h, h
+
+    return jax.lax.scan(cell, h0, z)[1]
+
+
+def _plain_recurrence_backward(_: Any, dh: Array, h: Array, W_hh: Array, h0: Array) -> Any:
+    def cell(back: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        dh_t, h_t = step
+        dz_t = (dh_t + back) * (1 - h_t * h_t)
+        return _matmul(dz_t, W_hh.T), dz_t
+
+    dh0, dz = jax.lax.scan(cell, jnp.zeros_like(h0), (dh, h), reverse=True)
+    before = jnp.concatenate([h0[None], h[:-1]])
+    return dz, _einsum("tbi,tbj->ij", before, dz), dh0
+
+
+def _plain_project(_: Any, h: Array, W_hq: Array, b_q: Array) -> Array:
+    return _matmul(h, W_hq) + b_q
+
+
+def _plain_project_backward(_: Any, dlogits: Array, h: Array, W_hq: Array) -> Any:
+    dW_hq = _einsum("tbi,tbj->ij", h, dlogits)
+    return _matmul(dlogits, W_hq.T), dW_hq, dlogits.sum((0, 1))
+
+
+def _plain_cross_entropy(_: Any, logits: Array, targets: Array) -> tuple[Array, Array]:
+    V, n = logits.shape[2], targets.size
+    target = _rows(targets, V)[..., None]
+    log_p = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, target, axis=2, mode="fill", fill_value=jnp.nan)
+    dlogits = jnp.exp(log_p) - (jnp.arange(V) == target)
+    return -picked.mean(), jnp.where(target < V, dlogits, jnp.nan) / n
+
+
+def _rows(tokens: Array, V: int) -> Array:
+    """Tokens with ``V``, which no row has, in the place of those out of range."""
+    return jnp.where((tokens >= 0) & (tokens < V), tokens, V)
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "gather": _plain_gather,
+    "gather_backward": _plain_gather_backward,
+    "recurrence": _plain_recurrence,
+    "recurrence_backward": _plain_recurrence_backward,
+    "project": _plain_project,
+    "project_backward": _plain_project_backward,
+    "cross_entropy": _plain_cross_entropy,
+}
+
+
+def _lower_in_plain_jax(context: Any, operand: Any) -> list[Any]:
+    _warn_of_plain_jax()
+    return [operand]
+
+
+@functools.cache
+def _warn_of_plain_jax() -> None:
+    warnings.warn(
+        "fastrnn.jax has kernels for the CPU only: this program is for another device and runs its "
+        "ops in plain JAX, with jax.lax.scan. fastrnn.ops and fastrnn.torch have kernels for CUDA",
+        stacklevel=2,
+    )
+
+
+# The identity. It is lowered only with a branch that is taken: the place from which to warn.
+_in_plain_jax = jax.extend.core.Primitive("fastrnn_in_plain_jax")
+_in_plain_jax.def_abstract_eval(lambda operand: operand)
+jax.interpreters.batching.defvectorized(_in_plain_jax)
+jax.interpreters.mlir.register_lowering(_in_plain_jax, _lower_in_plain_jax)
 
 
 # --- Checks ----------------------------------------------------------------------------------

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import json
+import os
 import re
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +22,13 @@ import pytest
 from benchmarks import compare, gate, report
 from benchmarks.peers import worker
 from fastrnn import bench
+from fastrnn.backends.cupy_cuda import CupyBackend
 from fastrnn.bench import BenchResult, Contender, Row, provenance
 from fastrnn.bench.paths import PACKAGE
 from fastrnn.bench.summary import summarise
+from fastrnn.bench.worker import environment
+from tests.emulated_device import EmulatedDevice
+from tests.emulator.require import require_emulator
 
 PNG = b"\x89PNG\r\n"
 
@@ -271,7 +282,7 @@ def test_a_worker_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
         "sleeper", "sleeper", "sleeper", "", ("step",), env={"PYTHONPATH": str(tmp_path)}
     )
     with pytest.raises(bench.WorkerError, match=r"no answer within 2 s"):
-        bench.Worker(sleeper, "step", tmp_path / "problem.npz", timeout=2)
+        bench.Worker(sleeper, "step", tmp_path / "problem.npz", limit=2)
 
 
 def test_a_worker_keeps_to_its_cores(peer: Any, tmp_path: Path) -> None:
@@ -309,12 +320,422 @@ def test_run_bench_measures_our_backend() -> None:
     assert "fastrnn numpy" in result.table()
 
 
+def test_the_first_call_is_measured_once_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrnn.bench import run
+
+    monkeypatch.setattr(run, "measure", lambda *args, **options: bench.Measurement([], {}, {}))
+    monkeypatch.setattr(run, "measure_first_call", lambda backend: {"cold": 2.0, "warm": 1.0})
+    result = bench.run_bench(
+        ["step"], ["tiny"], peers=["jax-scan"], backends=["cupy", "numpy"], first_call=True
+    )
+    assert result.first_call == {"cupy": {"cold": 2.0, "warm": 1.0}}
+
+
 def test_every_peer_has_its_file() -> None:
     names = [p.name for p in bench.PEERS]
     assert len(set(names)) == len(names)
     for p in bench.PEERS:
         assert (bench.PEER_FOLDER / f"{p.module}.py").is_file(), p.name
         assert set(p.workloads) <= set(bench.WORKLOADS), p.name
+
+
+# --- A GPU's contenders ----------------------------------------------------------------------
+
+
+def test_every_contender_of_a_gpu_run_exists_and_runs_its_workload() -> None:
+    known = {p.name: p for p in bench.PEERS}
+    for peers in (bench.GPU_PEERS, bench.GPU_SLOW_PEERS):
+        for workload, names in peers.items():
+            for name in names:
+                assert known[name].device == "cuda", name
+                assert workload in known[name].workloads, name
+    assert {p.mode_of("step") for p in bench.PEERS if p.device == "cpu"} == {""}
+    assert {p.mode for p in bench.PEERS} <= set(bench.MODES)
+
+
+def test_a_gpu_backend_takes_part_eagerly_and_as_a_graph() -> None:
+    graph, eager = bench.choose_contenders("none", ["cupy"])
+    assert (graph.name, eager.name) == ("cupy-graph", "cupy")
+    assert graph.workloads == ("recurrence", "recurrence+bptt", "cross_entropy")
+    assert (graph.mode_of("recurrence"), eager.mode_of("recurrence")) == ("graph", "eager")
+    assert eager.mode_of("step") == "graph"
+    assert [c.name for c in bench.choose_contenders("none", ["numba"])] == ["numba"]
+
+
+def test_labels_name_the_mode_and_the_precision() -> None:
+    names = ("cudnn-graph", "cudnn", "cudnn-graph-tf32", "jax-scan-cuda", "jax-scan")
+    contenders = [c for c in bench.PEERS if c.name in names]
+    contenders = [dataclasses.replace(c, module="no_such_peer") for c in contenders]
+    contenders += bench.choose_contenders("none", ["cupy"])[1:]
+    rows = {r.name: r for r in bench.measure(contenders, "step", "tiny", rounds=1).rows}
+    assert rows["cudnn-graph"].label == "torch nn.RNN (cuDNN), gather, CUDA graph"
+    assert rows["cudnn"].label == "torch nn.RNN (cuDNN), gather, eager"
+    assert rows["cudnn-graph-tf32"].label == "torch nn.RNN (cuDNN, TF32), gather, CUDA graph"
+    assert rows["jax-scan-cuda"].label == rows["jax-scan"].label == "JAX scan + jit"
+    assert rows["cupy"].label == "fastrnn cupy, CUDA graph"
+    assert (rows["cudnn-graph-tf32"].precision, rows["cudnn"].precision) == ("TF32", "float32")
+    assert (rows["jax-scan-cuda"].mode, rows["jax-scan"].mode) == ("jit", "")
+
+
+def gpu_rows() -> list[Row]:
+    def on_gpu(name: str, mode: str, seconds: float, **more: Any) -> Row:
+        return row(name, [seconds], device="cuda", mode=mode, **more)
+
+    return [
+        on_gpu("cupy", "eager", 4.0, ours=True),
+        on_gpu("cupy-graph", "graph", 1.0, ours=True),
+        on_gpu("numba-cuda-graph", "graph", 0.5, ours=True),
+        on_gpu("cudnn", "eager", 12.0),
+        on_gpu("cudnn-graph", "graph", 6.0),
+        on_gpu("cudnn-graph-tf32", "graph", 2.0, precision="TF32"),
+        on_gpu("jax-scan-cuda", "jit", 8.0),
+        row("jax-scan", [0.1]),
+    ]
+
+
+def test_ratios_pair_graphs_with_graphs() -> None:
+    rows = gpu_rows()
+    summarise(rows, bench.HEADLINE, {})
+    assert {r.name: r.ratio for r in rows} == {
+        "cupy": 1.0,
+        "cupy-graph": 1.0,
+        "numba-cuda-graph": 0.5,
+        "cudnn": 3.0,
+        "cudnn-graph": 6.0,
+        "cudnn-graph-tf32": 2.0,
+        "jax-scan-cuda": 8.0,
+        "jax-scan": None,
+    }
+
+
+def test_the_best_peer_of_a_mode() -> None:
+    rows = gpu_rows()
+    summarise(rows, bench.HEADLINE, {})
+    result = BenchResult({}, {}, "", rows, {})
+
+    def best(*which: str) -> str | None:
+        found = result.best_peer("step", "headline", *which)
+        return found.name if found else None
+
+    assert best("graph") == best() == "cudnn-graph"
+    assert best("eager") == "jax-scan-cuda"
+    assert best("graph", "TF32") == "cudnn-graph-tf32"
+    assert result.best_peer("generate", "headline") is None
+
+
+def test_results_without_modes_can_be_read() -> None:
+    paths = sorted(Path("benchmarks/results").glob("*/peers.json"))
+    assert paths
+    for path in paths:
+        stored = BenchResult.from_json(path.read_text())
+        assert {r.mode for r in stored.rows} == {""}
+        assert {r.precision for r in stored.rows} == {"float32"}
+
+
+def test_ops_from_graphs_agree_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator records and replays; other inputs under the same graph give other results."""
+    require_emulator()
+    monkeypatch.syspath_prepend(str(bench.PEER_FOLDER))
+    peer = importlib.import_module("fastrnn_backend")
+    monkeypatch.setattr(peer.fastrnn, "open_backend", lambda name: CupyBackend(EmulatedDevice()))
+    for workload in ("recurrence", "recurrence+bptt", "cross_entropy"):
+        problem, expected = bench.make_problem(workload, bench.SIZES["tiny"])
+        contender = peer.WORKLOADS[workload](problem, "cupy-graph")
+        first = contender.names[0]
+        contender.backend.put(np.zeros_like(problem[first]), out=contender.a[first])
+        contender.run(17)
+        contender.backend.put(problem[first], out=contender.a[first])
+        contender.run(1)
+        found = {k: np.asarray(a)[None] for k, a in contender.result().items()}
+        assert bench.relative_error(found, expected) < 1e-5, workload
+
+
+def test_numba_cuda_records_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrnn.backends import numba_cuda
+
+    monkeypatch.syspath_prepend(str(bench.PEER_FOLDER))
+    peer = importlib.import_module("fastrnn_backend")
+    said: list[Any] = []
+
+    @contextlib.contextmanager
+    def block(name: str) -> Iterator[None]:
+        said.append(f"{name} begins")
+        yield
+        said.append(f"{name} ends")
+
+    class Graph:
+        def __init__(self, stream: Any) -> None:
+            said.append(stream)
+
+        def capture(self) -> Any:
+            return block("capture")
+
+        def launch(self) -> None:
+            said.append("launch")
+
+    driver = SimpleNamespace(defer_cleanup=lambda: block("no frees"))
+    monkeypatch.setattr(numba_cuda, "Graph", Graph)
+    monkeypatch.setattr(numba_cuda, "maintained_cuda", lambda: driver)
+    backend = SimpleNamespace(name="numba-cuda", stream="stream 9")
+    replay = peer.record(backend, lambda: said.append("op"), 2)
+    replay()
+    assert said == [
+        "stream 9", "no frees begins", "capture begins", "op", "op", "capture ends",
+        "no frees ends", "launch",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "workload", "variant"),
+    [
+        ("torch_rnn", "recurrence", "gather-graph"),
+        ("torch_rnn", "recurrence+bptt", "gather-graph"),
+        ("torch_cross_entropy", "cross_entropy", "torch-graph"),
+        ("torch_loop", "generate", "eager-graph"),
+    ],
+)
+def test_torch_reads_the_results_of_the_graph_it_replayed_last(
+    module: str, workload: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captures are pretended: what a capture ran is what its replays would leave behind."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.syspath_prepend(str(bench.PEER_FOLDER))
+    replays: list[int] = []
+
+    def captured(call: Any, undo: Any = None) -> Any:
+        call()
+        number = len(replays)
+        replays.append(0)
+
+        def replay() -> None:
+            replays[number] += 1
+
+        return replay
+
+    for name in ("torch_rnn", "torch_loop"):
+        monkeypatch.setattr(importlib.import_module(name), "captured", captured)
+    problem, expected = bench.make_problem(workload, bench.SIZES["tiny"])
+    peer = importlib.import_module(module).WORKLOADS[workload](problem, variant)
+    n = bench.CHECK_CHARACTERS if workload == "generate" else 18
+    for _ in range(2):
+        peer.run(n)
+    found = {k: np.asarray(a)[None] for k, a in peer.result().items()}
+    assert bench.relative_error(found, expected) < 1e-5
+    assert replays == ([2] if workload == "generate" else [2, 4])
+
+
+@pytest.mark.parametrize("name", ["jax-cross-entropy-cuda", "torch-loop-cuda"])
+def test_peers_of_a_gpu_alone_agree_with_the_oracle(name: str) -> None:
+    """On the CPU, where they run as well."""
+    (peer,) = (p for p in bench.PEERS if p.name == name)
+    pytest.importorskip(peer.module.partition("_")[0], reason=f"{peer.module} has no framework")
+    here = dataclasses.replace(
+        peer, device="cpu", variant=peer.variant.replace("-cuda", "").replace("cuda", "cpu")
+    )
+    workload = peer.workloads[0]
+    (row,) = bench.measure([here], workload, "tiny", rounds=1, turn_seconds=0.01).rows
+    assert row.status == "ok", row.reason
+
+
+def test_replays_take_the_larger_graph_as_often_as_it_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(bench.PEER_FOLDER))
+    replays = importlib.import_module("replays")
+    done: list[int] = []
+
+    def record(times: int) -> Any:
+        def replay() -> str:
+            done.append(times)
+            return f"results of the graph of {times}"
+
+        return replay
+
+    run = replays.by_replays(record)
+    assert run(2 * replays.MANY + 3) == "results of the graph of 1"
+    assert done == [replays.MANY, replays.MANY, 1, 1, 1]
+    assert run(replays.MANY) == f"results of the graph of {replays.MANY}"
+
+
+# --- Limits, starts side by side, what cannot be built ----------------------------------------
+
+SLOW_PEER = """
+import os, subprocess, sys, time
+import numpy_reference
+from pathlib import Path
+
+def versions():
+    return {}
+
+class Step(numpy_reference.Step):
+    def __init__(self, problem, variant):
+        super().__init__(problem, variant)
+        here = Path(__file__).parent
+        if variant == "hangs":
+            child = [sys.executable, "-c", "import time; time.sleep(600)"]
+            (here / "child").write_text(str(subprocess.Popen(child).pid))
+            time.sleep(600)
+        elif variant == "no compiler":
+            raise RuntimeError("nvcc is not on PATH\\nand more")
+        elif variant.startswith("meets"):  # goes on when both have come as far
+            (here / variant).touch()
+            while len(list(here.glob("meets*"))) < 2:
+                time.sleep(0.01)
+
+WORKLOADS = {"step": Step}
+"""
+
+
+@pytest.fixture
+def slow_peer(tmp_path: Path) -> Any:
+    """Peers by variant: "hangs", "no compiler", "meets 1" and "meets 2", or any that is quick."""
+    (tmp_path / "slow_peer.py").write_text(SLOW_PEER)
+
+    def make(variant: str, **more: Any) -> Contender:
+        env = {"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}
+        return Contender(variant, variant, "slow_peer", variant, ("step",), env=env, **more)
+
+    return make
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_contender_out_of_time_is_stopped_with_its_children(
+    slow_peer: Any, tmp_path: Path
+) -> None:
+    contenders = [slow_peer("hangs"), slow_peer("quick")]
+    rows = bench.measure(contenders, "step", "tiny", rounds=1, turn_seconds=0.002, limit=20).rows
+    assert [r.status for r in rows] == ["stopped", "ok"]
+    assert rows[0].reason.startswith("gave no answer within 20 s")
+    assert rows[1].seconds is not None
+    child = int((tmp_path / "child").read_text())
+    end = time.monotonic() + 10
+    while alive(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def test_the_limit_is_for_all_answers_of_a_contender(slow_peer: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "problem.npz", **bench.make_problem("step", bench.SIZES["tiny"])[0])  # type: ignore[arg-type]
+    worker = bench.Worker(slow_peer("quick"), "step", tmp_path / "problem.npz", limit=40)
+    try:
+        worker.ask(do="time", units=1, repeats=1)
+        worker._used += 40
+        with pytest.raises(bench.WorkerTimeoutError, match="no answer within 40 s"):
+            worker.ask(do="time", units=1, repeats=1)
+    finally:
+        worker.close()
+
+
+def test_contenders_start_side_by_side_where_asked(slow_peer: Any) -> None:
+    contenders = [slow_peer("meets 1"), slow_peer("meets 2")]
+    rows = bench.measure(
+        contenders, "step", "tiny", rounds=2, turn_seconds=0.002, limit=60, parallel=2
+    ).rows
+    assert [(r.name, r.status) for r in rows] == [("meets 1", "ok"), ("meets 2", "ok")]
+    assert all(len(r.rounds) == 2 for r in rows)
+
+
+def test_a_peer_that_cannot_be_built_is_missing_and_ours_has_failed(slow_peer: Any) -> None:
+    peer = slow_peer("no compiler")
+    ours = dataclasses.replace(peer, name="ours", ours=True)
+    rows = bench.measure([peer, ours], "step", "tiny", rounds=1).rows
+    assert [r.status for r in rows] == ["missing", "failed"]
+    assert {r.reason for r in rows} == {"cannot be built: RuntimeError: nvcc is not on PATH"}
+
+
+def test_limits_and_starts_are_checked() -> None:
+    with pytest.raises(ValueError, match="parallel must be at least 1, got 0"):
+        bench.run_bench(parallel=0)
+    for limit in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="limit must be a positive number of seconds"):
+            bench.run_bench(limit=limit)
+
+
+# --- Precision -------------------------------------------------------------------------------
+
+PRECISIONS = """
+import json
+import jax, jax_scan, numpy as np
+from fastrnn.bench import SIZES, make_problem
+
+def text(function, *args):
+    return function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+found = {}
+for workload in ("step", "recurrence", "recurrence+bptt", "generate"):
+    problem, _ = make_problem(workload, SIZES["tiny"])
+    peer = jax_scan.WORKLOADS[workload](problem, "cpu")
+    if workload == "step":
+        args = peer.params, peer.X[0], peer.Y[0], peer.h, *peer.hyper
+        found[workload] = text(peer.train, *args)
+    elif workload == "generate":
+        found[workload] = jax_scan.greedy.trace(peer.params, peer.prefix, 3).lower(
+            lowering_platforms=("cuda",)
+        ).as_text()
+    else:
+        found[workload] = text(peer.function, *peer.args)
+print(json.dumps(found))
+"""
+
+
+def test_jax_multiplies_in_float32_on_a_gpu() -> None:
+    pytest.importorskip("jax", reason="jax is not installed")
+    paths = [str(bench.PEER_FOLDER), str(PACKAGE.parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", PRECISIONS],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    for workload, text in json.loads(done.stdout).items():
+        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        assert products, workload
+        for line in products:
+            assert "precision = [HIGHEST, HIGHEST]" in line, f"{workload}: {line}"
+
+
+def test_jax_leaves_memory_to_the_others() -> None:
+    (contender,) = (p for p in bench.PEERS if p.name == "jax-scan-cuda")
+    assert environment(contender, None)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+
+
+def test_torch_allows_tf32_where_the_variant_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.syspath_prepend(str(bench.PEER_FOLDER))
+    peer = importlib.import_module("torch_rnn")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for p in bench.PEERS:
+            if p.module not in ("torch_rnn", "torch_loop", "triton_rnn") or p.device == "cpu":
+                continue
+            allowed = p.precision == "TF32"
+            peer.device_of(p.variant.split("-"))
+            flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+            assert flags == (allowed, allowed), p.name
+            assert peer.versions()["allow_tf32"] == f"matmul {allowed}, cudnn {allowed}"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_torch_infers_without_gradients_and_trains_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.syspath_prepend(str(bench.PEER_FOLDER))
+    peer = importlib.import_module("torch_rnn")
+    problem, _ = bench.make_problem("recurrence+bptt", bench.SIZES["tiny"])
+    assert not peer.Recurrence(problem, "gather").rnn.training
+    assert peer.RecurrenceBPTT(problem, "gather").rnn.training
 
 
 # --- Results ---------------------------------------------------------------------------------

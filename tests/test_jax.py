@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -508,6 +509,134 @@ print("leaving")
     assert (result.returncode, result.stdout.strip()) == (0, "leaving"), result.stderr
 
 
+# --- Other devices than a CPU ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["gather", "recurrence", "project", "cross_entropy"])
+@pytest.mark.parametrize("transform", ["plain", "grad", "vmap", "vmap of grad"])
+@pytest.mark.filterwarnings("ignore:fastrnn.jax has kernels for the CPU only")
+def test_a_program_for_a_gpu_holds_no_callback(op: str, transform: str) -> None:
+    args, tokens, cotangent = op_cases(Inputs(6, 3, 17, 11, np.float32))[op]
+    f = of_floats(frj, op, tokens)
+    if "grad" in transform:
+        of_op = f
+
+        def f(*args: Any) -> Any:
+            return jax.vjp(of_op, *args)[1](jnp.asarray(cotangent))
+
+    if "vmap" in transform:
+        f, args = jax.vmap(f), tuple(np.stack([a, a]) for a in args)
+    for platform in ("cuda", "rocm", "tpu"):
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        assert "custom_call" not in text
+        assert "callback" not in text
+        if op == "recurrence":
+            assert "stablehlo.while" in text
+        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        assert bool(products) == (op in ("recurrence", "project"))
+        assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    on_cpu = jax.jit(f).trace(*args).lower(lowering_platforms=("cpu",)).as_text()
+    assert "callback" in on_cpu or (op, transform[-4:]) == ("cross_entropy", "grad")
+    assert "stablehlo.while" not in on_cpu or "vmap" in transform
+
+
+@pytest.fixture
+def in_plain_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What runs on a GPU, on the CPU."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args), raising=True
+    )
+    jax.clear_caches()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fastrnn.jax has kernels for the CPU only")
+        yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("op", ["gather", "recurrence", "project", "cross_entropy"])
+@pytest.mark.parametrize("dims", [(1, 1, 1, 2), (7, 1, 16, 31), (3, 17, 130, 257)], ids=str)
+@pytest.mark.usefixtures("in_plain_jax")
+def test_plain_jax_gives_the_same_results_and_gradients(
+    op: str, dims: tuple[int, int, int, int], dtype: Any
+) -> None:
+    case = op_cases(Inputs(*dims, dtype))[op]
+    for wrap in (lambda f: f, jax.jit):
+        got = run_op(frj, op, case, wrap)
+        assert all(a.dtype == dtype for a in got)
+        check_op(op, got, wanted(dims, dtype, op))
+    args, tokens, _ = case
+    text = str(jax.make_jaxpr(of_floats(frj, op, tokens))(*args))
+    assert "fastrnn_in_plain_jax" in text
+    assert "buffer_callback" not in text
+
+
+@pytest.mark.usefixtures("in_plain_jax")
+def test_plain_jax_under_vmap(arrays: dict[str, Any]) -> None:
+    tokens = jnp.stack([arrays["x"], arrays["y"]])
+
+    def loss(z: Any, x: Any) -> Any:
+        h = frj.recurrence(z + frj.gather(arrays["W_xh"], x, arrays["b_h"]), *recurrent)
+        return frj.cross_entropy(frj.project(h, arrays["W_hq"], arrays["b_q"]), x)
+
+    recurrent = arrays["W_hh"], arrays["h0"]
+    zs = jnp.stack([arrays["z"], 2 * arrays["z"]])
+    got = jax.vmap(jax.value_and_grad(loss))(zs, tokens)
+    for n in range(2):
+        want = jax.value_and_grad(loss)(zs[n], tokens[n])
+        np.testing.assert_allclose(got[0][n], want[0], rtol=1e-6)
+        assert_close("recurrence_backward", got[1][n], np.asarray(want[1], np.float64))
+
+
+@pytest.mark.parametrize("bad", [-1, 11, 2**32 + 1])
+@pytest.mark.usefixtures("in_plain_jax")
+def test_a_traced_token_out_of_range_makes_nan_in_plain_jax(
+    arrays: dict[str, Any], bad: int
+) -> None:
+    a = arrays
+    with x64():
+        tokens = a["x"].astype(np.int64).at[2, 1].set(bad)
+        z, backward = jax.jit(lambda t: jax.vjp(lambda W: frj.gather(W, t, a["b_h"]), a["W_xh"]))(
+            tokens
+        )
+        assert np.isnan(z[2, 1]).all()
+        assert np.isfinite(np.delete(z.reshape(18, 17), 7, axis=0)).all()
+        assert backward(jnp.ones_like(z))[0].shape == (11, 17)
+        loss, dlogits = jax.jit(jax.value_and_grad(frj.cross_entropy))(
+            jnp.zeros((6, 3, 11)), tokens
+        )
+        assert np.isnan(loss)
+        assert np.isnan(dlogits[2, 1]).all()
+        with pytest.raises(ValueError, match=rf"in \[0, V\) with V = 11, got {bad}"):
+            frj.gather(a["W_xh"], tokens, a["b_h"])
+
+
+def test_one_warning_in_a_process() -> None:
+    code = """
+import warnings
+import jax, jax.numpy as jnp
+from fastrnn import jax as frj
+args = jnp.ones((5, 3, 7)), jnp.ones((7, 7)), jnp.ones((3, 7))
+
+def lower(f, platform):
+    jax.jit(f).trace(*args).lower(lowering_platforms=(platform,))
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    lower(frj.recurrence, "cpu")
+    frj.recurrence(*args).block_until_ready()
+    print(len(caught))
+    for f in (frj.recurrence, jax.grad(lambda *a: frj.recurrence(*a).sum(), argnums=(0, 1))):
+        lower(f, "cuda")
+        print(len(caught))
+print(caught[0].category.__name__, caught[0].message)
+"""
+    result = in_another_process(code)
+    assert result.returncode == 0, result.stderr
+    zero, one, still_one, text = result.stdout.strip().splitlines()
+    assert (zero, one, still_one) == ("0", "1", "1")
+    assert text.startswith("UserWarning fastrnn.jax has kernels for the CPU only")
+
+
 # --- Bad input -------------------------------------------------------------------------------
 
 
@@ -613,16 +742,6 @@ def test_traced_tokens_out_of_range_raise_when_the_result_is_awaited(
             with pytest.raises(FAILED, match=message):
                 np.asarray(f(tokens))
             assert np.isfinite(f(a["x"])).all()
-
-
-def test_a_buffer_on_a_gpu_is_refused() -> None:
-    class OnGpu:
-        def __dlpack_device__(self) -> tuple[int, int]:
-            return 2, 0
-
-    for callback in frj._CALLBACKS.values():
-        with pytest.raises(RuntimeError, match=r"on the CPU only.*jax\.devices\(\"cpu\"\)"):
-            callback(None, OnGpu(), OnGpu())
 
 
 def test_without_jax_the_import_names_the_extra() -> None:

@@ -1,8 +1,8 @@
 """Contenders of the benchmarks: fastrnn's own backends and its peers, one small file each.
 
 A contender runs in a process of its own, ``python worker.py MODULE VARIANT WORKLOAD PROBLEM``,
-under any interpreter that has NumPy and the peer's framework: nothing here but
-``fastrnn_backend.py`` and ``numpy_reference.py`` imports fastrnn. A file holds
+under any interpreter that has NumPy and the peer's framework: only ``numpy_reference.py`` and the
+files named after fastrnn import it. A file holds
 
     versions() -> dict          what was run
     WORKLOADS: dict             workload -> class

@@ -1,13 +1,19 @@
-"""fastrnn itself: any of its backends; the variant is the backend's name."""
+"""fastrnn itself: any of its backends.
+
+The variant is the backend's name; ``-graph`` after it replays the ops of a GPU backend from
+captured graphs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from replays import by_calls, by_replays
 
 import fastrnn
-from fastrnn.backend import Dims
+from fastrnn.backend import Backend, Dims
 from fastrnn.decoding import Decoding
 from fastrnn.reference import PARAM_NAMES
 
@@ -43,15 +49,39 @@ class Step:
         return {"loss": self.backend.get(self.ws.loss)}
 
 
+def record(backend: Backend, call: Callable[[], None], times: int) -> Callable[[], None]:
+    """``times`` calls as one CUDA graph; what is returned replays it."""
+
+    def submit() -> None:
+        for _ in range(times):
+            call()
+
+    if backend.name == "cupy":
+        graph: Any = backend.device.capture(submit)  # type: ignore[attr-defined]
+    else:
+        from fastrnn.backends.numba_cuda import Graph, maintained_cuda
+
+        graph = Graph(backend.stream)  # type: ignore[attr-defined]
+        with maintained_cuda().defer_cleanup(), graph.capture():
+            submit()
+    launch: Callable[[], None] = graph.launch
+    return launch
+
+
 class _Op:
     """An op on device arrays, with its outputs allocated once."""
 
     names: tuple[str, ...]
 
     def __init__(self, problem: dict[str, Any], variant: str) -> None:
-        self.backend = fastrnn.open_backend(variant)
+        self.backend = fastrnn.open_backend(variant.removesuffix("-graph"))
         self.a = {name: self.backend.put(problem[name]) for name in self.names}
         self.build()
+        self.calls = by_calls(self.once)
+        if variant.endswith("-graph"):
+            self.once()  # modules are loaded and scratch is allocated outside of the capture
+            self.backend.sync()
+            self.calls = by_replays(lambda times: record(self.backend, self.once, times))
         self.backend.sync()
 
     def build(self) -> None:
@@ -61,8 +91,7 @@ class _Op:
         raise NotImplementedError
 
     def run(self, n: int) -> None:
-        for _ in range(n):
-            self.once()
+        self.calls(n)
         self.backend.sync()
 
 

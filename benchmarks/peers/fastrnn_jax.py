@@ -34,14 +34,9 @@ class RecurrenceBPTT(jax_scan.RecurrenceBPTT):
         return jax.jit(lambda z, W_hh, h0, dh: jax.vjp(recurrence, z, W_hh, h0)[1](dh))
 
 
-class CrossEntropy(jax_scan.Recurrence):
-    names = ("logits", "targets")
-
+class CrossEntropy(jax_scan.CrossEntropy):
     def build(self) -> Any:
         return jax.jit(jax.value_and_grad(cross_entropy))
-
-    def result(self) -> dict[str, Any]:
-        return dict(zip(("loss", "dlogits"), self.out, strict=True))
 
 
 WORKLOADS = {

@@ -1,7 +1,8 @@
 """Cross entropy and its gradient on [T·B, V] logits: PyTorch's own and Liger's Triton kernel.
 
-The variant is ``torch`` or ``liger``, then ``cuda`` for a GPU. Liger writes the gradient over the
-logits, so each of its calls gets a fresh copy of them, and the copy is part of its time.
+The variant is ``torch`` or ``liger``, then ``cuda`` for a GPU and ``graph`` for a CUDA graph. Liger
+writes the gradient over the logits, so each of its calls gets a fresh copy of them, and the copy is
+part of its time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch_rnn import device_of, wait
+from torch_rnn import device_of, runner, wait
 from torch_rnn import versions as torch_versions
 
 
@@ -39,20 +40,24 @@ class CrossEntropy:
         else:
             self.function = functional.cross_entropy
         self.overwrites = "liger" in words
+        self.calls = runner(self.once, words)
+
+    def once(self) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = self.logits.detach()
+        if self.overwrites:
+            leaf = leaf.clone()
+        leaf.requires_grad_()
+        loss = self.function(leaf, self.targets)
+        (dlogits,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), dlogits
 
     def run(self, n: int) -> None:
-        for _ in range(n):
-            leaf = self.logits.detach()
-            if self.overwrites:
-                leaf = leaf.clone()
-            leaf.requires_grad_()
-            self.loss = self.function(leaf, self.targets)
-            (self.dlogits,) = torch.autograd.grad(self.loss, leaf)
+        self.loss, self.dlogits = self.calls(n)
         wait(self.device)
 
     def result(self) -> dict[str, Any]:
         dlogits = self.dlogits.reshape(self.shape).cpu().numpy()
-        return {"loss": self.loss.detach().cpu().numpy(), "dlogits": dlogits}
+        return {"loss": self.loss.cpu().numpy(), "dlogits": dlogits}
 
 
 WORKLOADS = {"cross_entropy": CrossEntropy}

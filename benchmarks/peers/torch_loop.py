@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch_rnn import NAMES, device_of, versions, wait
+from torch_rnn import NAMES, captured, device_of, versions, wait
 from torch_rnn import Recurrence as RnnRecurrence
 from torch_rnn import RecurrenceBPTT as RnnRecurrenceBPTT
 from torch_rnn import Step as RnnStep
@@ -64,20 +64,24 @@ class RecurrenceBPTT(Recurrence, RnnRecurrenceBPTT):
 
     def result(self) -> dict[str, Any]:
         names = ("dz", "dW_hh", "dh0")
-        return {n: g.cpu().numpy() for n, g in zip(names, self.grads, strict=True)}
+        return {n: g.cpu().numpy() for n, g in zip(names, self.out, strict=True)}
 
 
 class Generate:
-    """Greedy decoding with a gather and two products a character; arg-max stays on the device."""
+    """Greedy decoding with a gather and two products a character; arg-max stays on the device.
+
+    With ``graph`` a whole call of ``n`` characters is one graph, captured at the first call.
+    """
 
     def __init__(self, problem: dict[str, Any], variant: str) -> None:
-        self.device = device_of(variant.split("-"))
+        words = variant.split("-")
+        self.device, self.graphed = device_of(words), "graph" in words
+        self.graphs: dict[int, tuple[Any, torch.Tensor]] = {}
         self.p = {name: torch.tensor(problem[name], device=self.device) for name in NAMES}
         self.prefix = torch.tensor(problem["prefix"], dtype=torch.long, device=self.device)
         self.h0 = torch.zeros(len(self.prefix), len(problem["W_hh"]), device=self.device)
 
-    @torch.inference_mode()
-    def run(self, n: int) -> None:
+    def produce(self, n: int) -> torch.Tensor:
         p, h = self.p, self.h0
         for x in self.prefix.T:
             h = torch.tanh(torch.addmm(p["W_xh"][x] + p["b_h"], h, p["W_hh"]))
@@ -86,7 +90,22 @@ class Generate:
             x = torch.addmm(p["b_q"], h, p["W_hq"]).argmax(dim=1)
             tokens.append(x)
             h = torch.tanh(torch.addmm(p["W_xh"][x] + p["b_h"], h, p["W_hh"]))
-        self.tokens = torch.stack(tokens, dim=1)
+        return torch.stack(tokens, dim=1)
+
+    @torch.inference_mode()
+    def run(self, n: int) -> None:
+        if not self.graphed:
+            self.tokens = self.produce(n)
+        else:
+            if n not in self.graphs:
+                found: list[Any] = [None]
+
+                def call() -> None:
+                    found[0] = self.produce(n)
+
+                self.graphs[n] = captured(call), found[0]
+            replay, self.tokens = self.graphs[n]
+            replay()
         wait(self.device)
 
     def result(self) -> dict[str, Any]:

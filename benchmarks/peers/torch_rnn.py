@@ -2,8 +2,8 @@
 
 The variant is words joined by ``-``: ``onehot`` (one-hot vectors into ``nn.RNN``) or ``gather``
 (an embedding into ``nn.RNN``, whose own input product is then one with the identity: ``nn.RNN``
-has no way round it), then ``cuda`` for a GPU and ``graph`` for what is replayed as a CUDA graph.
-TF32 is off: every peer computes in float32.
+has no way round it), then ``cuda`` for a GPU, ``tf32`` for products in TF32 and ``graph`` for what
+is replayed as a CUDA graph. Without ``tf32`` a peer computes in float32.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from replays import by_calls, by_replays
 from torch import nn
 from torch.nn import functional
 
@@ -21,17 +22,23 @@ NAMES = ("W_xh", "W_hh", "b_h", "W_hq", "b_q")
 def versions() -> dict[str, str]:
     found = {"torch": torch.__version__}
     if torch.cuda.is_available():
-        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        found |= {
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "allow_tf32": f"matmul {torch.backends.cuda.matmul.allow_tf32}, "
+            f"cudnn {torch.backends.cudnn.allow_tf32}",
+        }
     return found
 
 
 def device_of(words: list[str]) -> torch.device:
+    """The device that a variant's words name, with torch's settings for their precision."""
     if "cuda" not in words:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ImportError("torch finds no CUDA device")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = "tf32" in words
+    torch.backends.cudnn.allow_tf32 = "tf32" in words
     return torch.device("cuda")
 
 
@@ -57,6 +64,35 @@ def captured(call: Callable[[], None], undo: Callable[[], None] = lambda: None) 
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def runner(call: Callable[[], Any], words: list[str]) -> Callable[[int], Any]:
+    """``n`` calls, from captured graphs where the variant's words say so; returns the last's
+    results.
+    """
+    calls: Callable[[int], Any]
+    if "graph" not in words:
+        calls = by_calls(call)
+        return calls
+
+    def record(times: int) -> Callable[[], Any]:
+        results: list[Any] = [None]
+
+        def submit() -> None:
+            for _ in range(times):
+                results[0] = call()
+
+        replay = captured(submit)
+        out = results[0]  # the last unit's of the capture: a replay writes there
+
+        def again() -> Any:
+            replay()
+            return out
+
+        return again
+
+    calls = by_replays(record)
+    return calls
 
 
 class Model(nn.Module):
@@ -162,9 +198,10 @@ class Step:
 
 
 class Recurrence:
-    """``nn.RNN`` on the gathered input z, without gradients."""
+    """``nn.RNN`` on the gathered input z, without gradients: cuDNN's path for inference."""
 
     layer: Any = nn.RNN
+    training = False
 
     def __init__(self, problem: dict[str, Any], variant: str) -> None:
         words = variant.split("-")
@@ -175,12 +212,13 @@ class Recurrence:
             for name in ("z", "W_hh", "h0", "dh")
         }
         self.rnn = self.layer(H, H, bias=False).to(self.device)
+        self.rnn.train(self.training)
         self.rnn.weight_ih_l0 = fixed(torch.eye(H, device=self.device))
         self.rnn.weight_hh_l0 = nn.Parameter(self.args["W_hh"].T.contiguous())
         self.rnn.flatten_parameters()  # or cuDNN copies them together in every call
         for leaf in self.leaves():
             leaf.requires_grad_()
-        self.call = captured(self.once) if "graph" in words else self.once
+        self.calls = runner(self.once, words)
 
     def leaves(self) -> list[torch.Tensor]:
         """What is differentiated by."""
@@ -189,30 +227,31 @@ class Recurrence:
     def forward(self) -> Any:
         return self.rnn(self.args["z"], self.args["h0"][None])[0]
 
-    def once(self) -> None:
+    def once(self) -> Any:
         with torch.no_grad():
-            self.h = self.forward()
+            return self.forward()
 
     def run(self, n: int) -> None:
-        for _ in range(n):
-            self.call()
+        self.out = self.calls(n)
         wait(self.device)
 
     def result(self) -> dict[str, Any]:
-        return {"h": self.h.cpu().numpy()}
+        return {"h": self.out.cpu().numpy()}
 
 
 class RecurrenceBPTT(Recurrence):
     """With autograd's backward pass."""
 
+    training = True
+
     def leaves(self) -> list[torch.Tensor]:
         return [self.args["z"], self.rnn.weight_hh_l0, self.args["h0"]]
 
-    def once(self) -> None:
-        self.grads = torch.autograd.grad(self.forward(), self.leaves(), self.args["dh"])
+    def once(self) -> Any:
+        return torch.autograd.grad(self.forward(), self.leaves(), self.args["dh"])
 
     def result(self) -> dict[str, Any]:
-        dz, dW, dh0 = (g.cpu().numpy() for g in self.grads)
+        dz, dW, dh0 = (g.cpu().numpy() for g in self.out)
         return {"dz": dz, "dW_hh": dW.T, "dh0": dh0}
 
 

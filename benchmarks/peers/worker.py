@@ -5,7 +5,9 @@
 ``{"do": "machine"}``                                   SGEMM rates and copy bandwidth
 
 The first line is the start report: versions, thread pools, seconds of the first unit (compilation
-included), or ``missing`` with the reason. Standard output of the frameworks goes to stderr.
+included); or ``missing`` with the reason, where something is not installed or no device is found;
+or ``unbuilt`` with the error, where importing, building or the first unit raised another one.
+Standard output of the frameworks goes to stderr.
 
 ``worker.py sgemm n H V`` only prints :func:`sgemm_rate`.
 """
@@ -18,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from typing import Any
 
 import numpy as np
@@ -144,6 +147,15 @@ def machine_rates(problem: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def absence(error: Exception) -> dict[str, str]:
+    """The start report of a contender that ended in ``error``; the traceback goes to the log."""
+    if isinstance(error, ImportError):
+        return {"missing": str(error)}
+    traceback.print_exception(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return {"unbuilt": f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]}
+
+
 def keep_to_cores(n: int) -> None:
     """Restrict this process to ``n`` of its cores: XLA and TensorFlow read no thread variable."""
     if hasattr(os, "sched_setaffinity"):
@@ -169,9 +181,9 @@ def main() -> None:
     start = time.perf_counter()
     try:
         module = importlib.import_module(module_name)
-        versions = module.versions()
-    except ImportError as error:
-        reply({"missing": str(error)})
+        module.versions()
+    except Exception as error:
+        reply(absence(error))
         return
     imported = time.perf_counter()
     base = resident("VmRSS")
@@ -179,12 +191,13 @@ def main() -> None:
         contender = module.WORKLOADS[workload](problem, variant)
         built = time.perf_counter()
         contender.run(1)
-    except ImportError as error:
-        reply({"missing": str(error)})
+    except Exception as error:
+        reply(absence(error))
         return
     first = time.perf_counter()
     contender.run(1)
     reset_peak()
+    versions = module.versions()  # with the settings that the contender has chosen
     second = time.perf_counter()
     reply(
         {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastrnn.bench.formatting import format_seconds, markdown_table, time_unit
-from fastrnn.bench.workloads import UNITS
+from fastrnn.bench.workloads import MODES, UNITS
 
 SCHEMA = 1
 
@@ -21,8 +21,11 @@ class Row:
     """One contender on one workload and size.
 
     Attributes:
-        status: "ok", "missing" (not installed, no device), "wrong" (differs from the oracle) or
-            "failed" (its process ended); reason: why, where it is not "ok".
+        mode: how a GPU is given the work, a row of :data:`~fastrnn.bench.workloads.MODES`; empty
+            on a CPU. precision: "float32" or "TF32", that of its products.
+        status: "ok", "missing" (not installed, no device, cannot be built), "wrong" (differs from
+            the oracle), "failed" (its process ended) or "stopped" (out of its time); reason: why,
+            where it is not "ok".
         seconds: a unit's time: the median over rounds of the rounds' medians. low, high: the
             fastest and the slowest round. rounds: every round's median.
         ratio: this contender's time by our baseline's, median over rounds; ratio_low, ratio_high.
@@ -39,6 +42,8 @@ class Row:
     label: str
     ours: bool
     device: str
+    mode: str = ""
+    precision: str = "float32"
     status: str = "ok"
     reason: str = ""
     seconds: float | None = None
@@ -92,6 +97,24 @@ class BenchResult:
         """The row of one contender, if it was asked for."""
         rows = (r for r in self.rows if (r.workload, r.size, r.name) == (workload, size, name))
         return next(rows, None)
+
+    def best_peer(
+        self, workload: str, size: str, mode: str = "", precision: str = "float32"
+    ) -> Row | None:
+        """The fastest contender on a GPU that is not ours, or None where none has a time.
+
+        Args:
+            mode: "graph" or "eager" takes the peers of that mode and the compiled ones, "jit",
+                which are one call from the host as well; empty takes all.
+            precision: that of the products; TF32 is never compared with float32.
+        """
+        allowed = (mode, "jit") if mode else MODES
+        found = (
+            r
+            for r in self.select(workload, size, "cuda")
+            if not r.ours and r.mode in allowed and r.precision == precision
+        )
+        return next((r for r in found if r.seconds is not None), None)
 
     def select(self, workload: str, size: str, device: str | None = None) -> list[Row]:
         """The rows of one table, fastest first, those without a time last."""

@@ -11,20 +11,27 @@ from fastrnn.bench.results import Row
 from fastrnn.bench.roofline import work
 
 
-def first_of_ours(rows: Any) -> Row | None:
-    """The baseline: our fastest kind of backend that ran, GPU before CPU."""
+def first_of_ours(rows: Any, mode: str = "") -> Row | None:
+    """The baseline: our fastest kind of backend that ran, GPU before CPU.
+
+    One that runs in ``mode`` goes before the others of its backend, and a graph before eager calls.
+    """
     ours = {r.name: r for r in rows if r.ours and r.status == "ok"}
-    return next((ours[name] for name in (*BACKENDS, *ours) if name in ours), None)
+
+    def order(row: Row) -> tuple[int, bool, bool]:
+        backend = row.name.removesuffix("-graph")
+        place = BACKENDS.index(backend) if backend in BACKENDS else len(BACKENDS)
+        return place, row.mode != mode, row.mode != "graph"
+
+    return min(ours.values(), key=order, default=None)
 
 
 def summarise(rows: Sequence[Row], dims: Dims, rates: Mapping[str, float]) -> None:
-    """Medians, ratios to our baseline on the same device, floors."""
+    """Medians, ratios to our baseline on the same device and in the same mode, floors."""
     for device in {r.device for r in rows}:
-        group = [r for r in rows if r.device == device]
-        base = first_of_ours(r for r in group if r.rounds)
+        group = [r for r in rows if r.device == device and r.rounds]
         for r in group:
-            if not r.rounds:
-                continue
+            base = first_of_ours(group, r.mode)
             r.seconds, r.low, r.high = statistics.median(r.rounds), min(r.rounds), max(r.rounds)
             if r.workload == "step" and device == "cpu" and rates:
                 r.floor = work("step", dims).flop / rates["flops"]

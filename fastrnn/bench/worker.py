@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,21 @@ class WorkerError(RuntimeError):
     """A contender's process ended, or did not answer; the message holds the end of its log."""
 
 
+class WorkerTimeoutError(WorkerError):
+    """A contender took longer than it may, and was stopped."""
+
+
+ANSWER_SECONDS = 300.0
+"""What each answer may take where there is no limit for all of them together."""
+
+
 class Worker:
-    """The process of one contender. Starts at once; :attr:`report` is its start report."""
+    """The process of one contender. Starts at once; :attr:`report` is its start report.
+
+    Args:
+        limit: seconds for all of its answers together, the start report included; None gives
+            each :data:`ANSWER_SECONDS`.
+    """
 
     def __init__(
         self,
@@ -31,9 +45,9 @@ class Worker:
         problem: Path,
         *,
         threads: int | None = None,
-        timeout: float = 300.0,
+        limit: float | None = None,
     ) -> None:
-        self.contender, self.timeout = contender, timeout
+        self.contender, self.limit, self._used = contender, limit, 0.0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._buffer = b""
         name = "generate" if workload.startswith("generate") else workload
@@ -50,7 +64,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=_environment(contender, threads),
+            env=environment(contender, threads),
         )
         try:
             self.report = self._read()
@@ -70,11 +84,13 @@ class Worker:
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        end = time.monotonic() + self.timeout
+        begin = time.monotonic()
+        allowed = ANSWER_SECONDS if self.limit is None else self.limit - self._used
         while b"\n" not in self._buffer:
-            left = end - time.monotonic()
+            left = begin + allowed - time.monotonic()
             if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                raise self._failure(f"gave no answer within {self.timeout:.0f} s")
+                what = f"gave no answer within {self.limit or ANSWER_SECONDS:g} s"
+                raise WorkerTimeoutError(str(self._failure(what)))
             chunk = os.read(self._process.stdout.fileno(), 1 << 16)
             if not chunk:
                 # Its output is closed before it has said why.
@@ -82,29 +98,55 @@ class Worker:
                     self._process.wait(timeout=10)
                 raise self._failure("ended")
             self._buffer += chunk
+        self._used += time.monotonic() - begin
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def _failure(self, what: str) -> WorkerError:
-        """The error for a worker that is of no more use; ends it."""
+        """The error for a worker that is of no more use; ends it and what it started."""
+        for child in _descendants(self._process.pid):
+            with contextlib.suppress(OSError):
+                os.kill(child, signal.SIGKILL)
         self._process.kill()
         self._log.seek(0)
         tail = self._log.read().decode(errors="replace").strip().splitlines()[-3:]
         return WorkerError(f"{what}: {' | '.join(tail) or 'no message'}")
 
-    def close(self) -> None:
-        """End the process."""
+    def dismiss(self) -> None:
+        """Tell the process to end, without waiting for it."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self.dismiss()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they did: compilers, for the most part.
+
+    Empty where there is no ``/proc``.
+    """
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = path.read_text(errors="replace").rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(path.parent.name))
+    found, due = [], [pid]
+    while due:
+        below = children.get(due.pop(), [])
+        found += below
+        due += below
+    return found
 
 
 def interpreter(contender: Contender) -> str:
@@ -114,7 +156,8 @@ def interpreter(contender: Contender) -> str:
     return sys.executable
 
 
-def _environment(contender: Contender, threads: int | None) -> dict[str, str]:
+def environment(contender: Contender, threads: int | None) -> dict[str, str]:
+    """The environment of a contender's process."""
     env = dict(os.environ)
     if interpreter(contender) == sys.executable:  # another Python must not see our packages
         paths = [str(PACKAGE.parent), env.get("PYTHONPATH", "")]

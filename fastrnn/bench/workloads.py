@@ -18,6 +18,9 @@ SIZES: dict[str, Dims] = {
     "tiny": Dims(T=5, B=4, H=16, V=31),
 }
 WORKLOADS = ("step", "recurrence", "recurrence+bptt", "cross_entropy", "generate", "generate64")
+MODES = ("eager", "graph", "jit")
+"""How a GPU is given its work: call by call, as replays of a captured graph, or as a program that
+was compiled as a whole."""
 UNITS = {
     "step": "training step",
     "recurrence": "forward pass",
