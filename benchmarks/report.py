@@ -121,7 +121,11 @@ def fastest_peer_table(result: BenchResult) -> list[str]:
     """The other workloads: our fastest, the fastest peer, and its time by ours."""
     cells = [("one …", "size", "ours", "fastest peer", "× ours")]
     for workload, size in result.tables():
-        timed = [(r.seconds, r) for r in result.select(workload, size) if r.seconds is not None]
+        timed = [
+            (r.seconds, r)
+            for r in result.select(workload, size)
+            if r.seconds is not None and r.precision == "float32"
+        ]
         ours = [pair for pair in timed if pair[1].ours]
         peers = [pair for pair in timed if not pair[1].ours]
         if workload == "step" or not ours or not peers:

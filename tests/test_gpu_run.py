@@ -483,6 +483,7 @@ def peers_part(name: str, workload: str, times: dict[str, float | None]) -> dict
         rows=[
             BenchRow(
                 workload, "headline", peer, peer, peer == "cupy", "cuda", seconds=value,
+                mode="graph" if "graph" in peer else "eager",
                 status="ok" if value else "missing", reason="" if value else "not installed",
             )
             for peer, value in times.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.gpu import cases, tuner
@@ -73,7 +73,7 @@ def verdict(result: dict[str, Any]) -> tuple[str, str]:
     if "bench" not in result:
         return "ok", ""
     rows = bench_of(result).rows
-    told = [f"{r.label}: {r.status}: {r.reason}" for r in rows if r.status in ("wrong", "failed")]
+    told = [f"{r.label}: {r.status}: {r.reason}" for r in rows if r.status not in ("ok", "missing")]
     if any(row.ours and row.status != "ok" for row in rows):
         return "failed", "; ".join(told) or "a contender of ours is missing"
     peers = [row for row in rows if not row.ours]
@@ -281,14 +281,6 @@ def _peer(found: dict[str, BenchResult], workload: str, name: str) -> float | No
 
 
 def _best_step(found: dict[str, BenchResult]) -> float | None:
-    """The fastest captured step of a peer."""
-    return min(_captured(found.values()), default=None)
-
-
-def _captured(found: Iterable[BenchResult]) -> list[float]:
-    return [
-        row.seconds
-        for bench in found
-        for row in bench.select("step", "headline")
-        if not row.ours and row.seconds and "graph" in row.name
-    ]
+    """The fastest captured or compiled step of a peer in true float32."""
+    rows = (bench.best_peer("step", "headline", "graph") for bench in found.values())
+    return min((row.seconds for row in rows if row is not None and row.seconds), default=None)

@@ -19,9 +19,11 @@ import numpy as np
 
 from benchmarks.gpu.clock import seconds
 from fastrnn.backend import Backend
-from fastrnn.bench import BenchResult, run_bench
+from fastrnn.bench import GPU_PEERS, BenchResult, run_bench
 
 COPY_BYTES = 1 << 30
+PEER_LIMIT, SLOW_PEER_LIMIT = 40.0, 50.0
+"""Seconds that a contender may take, its start included."""
 PACKAGES = (
     "numpy", "scipy", "numba", "llvmlite", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x",
     "cuda-core", "cuda-bindings", "cuda-pathfinder", "nvidia-cuda-nvrtc", "nvidia-nvjitlink",
@@ -121,20 +123,33 @@ def compile_ahead(task: Task) -> Found:
     return {"modules": compiled}
 
 
-def peers(workload: str, names: tuple[str, ...], rounds: int = 3) -> Callable[[Task], Found]:
+def peers(task: Task, workload: str) -> Found:
     """Ours and its peers on one workload at the headline size, taking turns."""
+    if task.toy:
+        result = run_bench((workload,), ("tiny",), peers="none", backends=["numpy"], rounds=1)
+    else:
+        result = run_bench(
+            (workload,), ("headline",), peers=GPU_PEERS[workload], backends=["cupy"], rounds=3,
+            turn_seconds=0.15, limit=PEER_LIMIT, parallel=os.cpu_count() or 1,
+        )  # fmt: skip
+    return {"bench": json.loads(result.to_json())}
 
-    def run(task: Task) -> Found:
-        if task.toy:
-            result = run_bench((workload,), ("tiny",), peers="none", backends=["numpy"], rounds=1)
+
+def slow_peers(task: Task) -> Found:
+    """Peers that compile for long or are seldom there, by themselves."""
+    total: BenchResult | None = None
+    for workload, names in GPU_SLOW_PEERS.items():
+        result = run_bench(
+            (workload,), ("headline",), peers=names, backends=[], rounds=3, turn_seconds=0.15,
+            limit=SLOW_PEER_LIMIT, parallel=os.cpu_count() or 1,
+        )  # fmt: skip
+        if total is None:
+            total = result
         else:
-            result = run_bench(
-                (workload,), ("headline",), peers=names, backends=["cupy"], rounds=rounds,
-                turn_seconds=0.15,
-            )  # fmt: skip
-        return {"bench": json.loads(result.to_json())}
-
-    return run
+            total.merge(result)
+        task.save({"bench": json.loads(total.to_json())})
+    assert total is not None
+    return {"bench": json.loads(total.to_json())}
 
 
 def tuner(task: Task) -> Found:
@@ -160,12 +175,8 @@ TASKS: dict[str, Callable[[Task], Found]] = {
     "device": device,
     "compile": compile_ahead,
     "tuner": tuner,
-    "peers-step": peers("step", ("cudnn-graph", "cudnn", "jax-scan-cuda")),
-    "peers-recurrence": peers("recurrence", ("cudnn-graph", "cudnn", "jax-scan-cuda")),
-    "peers-generate": peers("generate", ("jax-scan-cuda",)),
-    "peers-bptt": peers("recurrence+bptt", ("cudnn-graph", "cudnn", "jax-scan-cuda")),
-    "peers-cross-entropy": peers("cross_entropy", ("torch-cross-entropy-cuda",)),
-    "peers-compiled": peers("recurrence", ("torch-compile-cuda", "flashrnn-elman")),
+    **{f"peers-{w}": functools.partial(peers, workload=w) for w in GPU_PEERS},
+    "slow-peers": slow_peers,
 }
 
 
