@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import cases, record, report, supervisor
+from benchmarks.gpu import cases, record, report, supervisor, tasks
 from benchmarks.gpu.cases import Case, Key
 from benchmarks.gpu.parts import PARTS, STAGE_SECONDS, Part, Selection
 from benchmarks.gpu.supervisor import CaseRun
@@ -24,7 +24,7 @@ from benchmarks.gpu.tasks import findings
 from benchmarks.gpu.worker import MARK, decode, encode, key_of
 from benchmarks.op_cases import OPS
 from fastrnn.backend import BACKENDS, Dims
-from fastrnn.bench import BenchResult, provenance
+from fastrnn.bench import BenchResult, Contender, choose_contenders, provenance
 from fastrnn.bench import Row as BenchRow
 from tests.conftest import required_backends
 from tests.emulator.require import require_emulator
@@ -539,6 +539,27 @@ def test_a_peer_that_cannot_be_had_is_absent_and_only_our_own_failure_fails() ->
     assert report.verdict({"packages": {}}) == ("ok", "")
     plans = {"plans": {"rows": [{"section": "gap"}, {"section": "product", "failed": "no"}]}}
     assert report.verdict(plans) == ("failed", "1 rows, product: no")
+
+
+def test_peers_are_known_contenders_started_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, list[Contender], dict[str, Any]]] = []
+
+    def run_bench(workloads: Any, sizes: Any, *, peers: Any, backends: Any, **rest: Any) -> Any:
+        calls.append((workloads[0], choose_contenders(peers, backends), rest))
+        return BenchResult(machine=MACHINE, commit={}, date="", dims={}, rows=[])
+
+    monkeypatch.setattr(tasks, "run_bench", run_bench)
+    saved: list[dict[str, Any]] = []
+    task = tasks.Task(saved.append, lambda name: None, "cupy", toy=False)  # type: ignore[arg-type, return-value]
+    wanted = [part.task for part in PARTS if part.task and "peers" in part.task]
+    for name in filter(None, wanted):
+        assert "bench" in tasks.TASKS[name](task)
+    assert {workload for workload, *_ in calls} >= {"step", "recurrence", "generate"}
+    for workload, contenders, rest in calls:
+        assert rest["parallel"] > 1 or os.cpu_count() == 1
+        assert rest["limit"] <= 60
+        assert all(workload in one.workloads for one in contenders if not one.ours), workload
+    assert saved, "slow ones are saved one by one"
 
 
 def test_a_table_that_cannot_be_drawn_loses_no_figure(

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.gpu.clock import seconds
 from fastrnn.backend import Backend
-from fastrnn.bench import GPU_PEERS, BenchResult, run_bench
+from fastrnn.bench import GPU_PEERS, GPU_SLOW_PEERS, BenchResult, run_bench
 
 COPY_BYTES = 1 << 30
 PEER_LIMIT, SLOW_PEER_LIMIT = 40.0, 50.0
