@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import re
 import struct
 import sys
@@ -594,4 +595,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # CuPy gives back what it still holds after the functions above are gone.
+    os._exit(status)
