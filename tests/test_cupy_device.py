@@ -507,6 +507,28 @@ def test_memory_that_runs_out_says_how_much_was_wanted_and_is_free(
         assert isinstance(caught.value.__cause__, FakeOutOfMemoryError)
 
 
+def test_memory_that_runs_out_without_a_pool_says_so_too(install: Callable[..., FakeCupy]) -> None:
+    def malloc(*args: Any) -> Any:
+        raise FakeError("cudaErrorMemoryAllocation: out of memory", status=2)
+
+    install(empty=malloc)
+    device = cupy_device.CupyDevice()
+    with pytest.raises(DeviceMemoryError, match=r"12\.0 KiB more is needed") as caught:
+        device.empty((3, 1024), np.float32)
+    assert caught.value.wanted == 12 << 10
+    assert isinstance(caught.value.__cause__, FakeError)
+
+
+def test_memory_of_the_host_is_another_matter(install: Callable[..., FakeCupy]) -> None:
+    def no_host_memory(*args: Any) -> Any:
+        raise MemoryError("Unable to allocate 3 TiB for an array")
+
+    install(empty=no_host_memory)
+    with pytest.raises(MemoryError, match="3 TiB") as caught:
+        cupy_device.CupyDevice().put(np.zeros(3))
+    assert not isinstance(caught.value, DeviceMemoryError)
+
+
 def test_memory_of_a_module_or_a_graph_can_run_out_too(fake: FakeCupy) -> None:
     def full(name: str) -> None:
         raise FakeError("cudaErrorMemoryAllocation: out of memory", status=2)

@@ -392,6 +392,12 @@ class FakeCupyBackend(NumpyBackend):
         return out or FakeCupyArray(host)
 
 
+class PoolError(MemoryError):
+    """What CuPy's pool raises for 5 MiB that it does not have."""
+
+    _size = 5 << 20
+
+
 @pytest.fixture
 def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupyBackend:
     module: Any = types.ModuleType("cupy")
@@ -400,6 +406,7 @@ def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupyBackend:
     module.cuda = types.SimpleNamespace(
         Device=FakeDevice,
         ExternalStream=FakeDevice,
+        memory=types.SimpleNamespace(OutOfMemoryError=PoolError),
         Stream=types.SimpleNamespace(
             from_external=lambda stream: FakeDevice(*stream.__cuda_stream__())
         ),
@@ -433,9 +440,6 @@ def test_cupy_arrays(fake_cupy: FakeCupyBackend, arrays: dict[str, Any]) -> None
 def test_a_gpu_whose_memory_runs_out_is_an_error_that_names_the_sizes(
     fake_cupy: FakeCupyBackend, arrays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class PoolError(MemoryError):
-        _size = 5 << 20
-
     def exhausted(*args: Any, **options: Any) -> Any:
         raise PoolError
 

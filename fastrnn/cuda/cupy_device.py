@@ -127,8 +127,8 @@ class MemoryErrors:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         # CuPy's own error has the bytes wanted; CUDA's (of a module, a graph) has a status.
-        full = isinstance(error, MemoryError) or getattr(error, "status", 0) == OUT_OF_MEMORY
-        if not full or isinstance(error, DeviceMemoryError):
+        of_pool = isinstance(error, self._cupy.cuda.memory.OutOfMemoryError)
+        if not of_pool and getattr(error, "status", 0) != OUT_OF_MEMORY:
             return
         free = total = None
         with contextlib.suppress(Exception):  # the first error is the one to report
@@ -228,8 +228,15 @@ class CupyDevice(Device):
     # --- memory ---
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        with self._memory:
-            return self._cupy.empty(shape, dtype)
+        try:
+            with self._memory:
+                return self._cupy.empty(shape, dtype)
+        except DeviceMemoryError as error:
+            if error.wanted is not None:
+                raise
+            # Without CuPy's pool it is CUDA that fails, and says no size.
+            wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            raise DeviceMemoryError(wanted, error.free, error.total) from error.__cause__
 
     def put(self, host: NDArray[Any], out: Array | None = None) -> Array:
         cupy = self._cupy
