@@ -23,9 +23,9 @@ from several threads at once.
 Every argument is checked here, once for all backends: TypeError for a wrong kind of array or
 dtype (float32 and float64 are taken, never mixed), ValueError for a wrong shape or a token out of
 range; both say what was expected and what came. What does not fit a GPU's memory raises
-:class:`fastrnn.DeviceMemoryError`, which names the sizes. Nothing is recorded for automatic differentiation:
-torch tensors that would need it are refused; :mod:`fastrnn.torch` and :mod:`fastrnn.jax` have ops
-with gradients.
+:class:`fastrnn.DeviceMemoryError`, which names the sizes. Nothing is recorded for automatic
+differentiation: torch tensors that would need it are refused; :mod:`fastrnn.torch` and
+:mod:`fastrnn.jax` have ops with gradients.
 """
 
 from __future__ import annotations

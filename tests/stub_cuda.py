@@ -396,8 +396,11 @@ class StubCuda:
 
     def funcSetAttribute(self, function: int, attribute: int, value: int) -> None:
         self._in_context("funcSetAttribute")
+        known = self._functions[function]
         if attribute == MAX_DYNAMIC_SHARED_BYTES:
-            self._functions[function].shared_bytes = value
+            known.shared_bytes = value
+        if value > ATTRIBUTES[97]:
+            self.fault(f"{known.name}: {value} bytes of shared memory, {ATTRIBUTES[97]} are there")
 
     def launchKernel(
         self, function: int, x: int, y: int, z: int, threads: int, by: int, bz: int,
