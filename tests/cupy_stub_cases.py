@@ -63,6 +63,14 @@ def branched(backend: CupyBackend) -> None:
     backend.device.capture(submit)
 
 
+def replayed_too_late(backend: CupyBackend) -> None:
+    arrays = [backend.empty((1 << 20,), np.float32)]
+    graph = backend.device.capture(lambda: backend.device.fill_zero(arrays[0]))
+    arrays.clear()
+    cupy.get_default_memory_pool().free_all_blocks()
+    graph.launch()
+
+
 WRONG: dict[str, tuple[str, Callable[[CupyBackend], Any]]] = {
     "allocation": (
         "(3,) float32 allocated during a capture",
@@ -76,6 +84,7 @@ WRONG: dict[str, tuple[str, Callable[[CupyBackend], Any]]] = {
         "free during a capture",
         lambda b: b.device.capture(lambda: cupy.cuda.runtime.free(cupy.cuda.runtime.malloc(8))),
     ),
+    "replay after a free": ("4194304 bytes at", replayed_too_late),
     "open branch": ("a stream that was not joined", branched),
     "wrong sizes": (
         "window_kernel takes [8, 8, 8, 8, 4, 4, 4] bytes, not [8, 8, 8, 8, 8]",

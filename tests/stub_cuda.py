@@ -10,8 +10,9 @@ pool, pinned buffers, streams, events, graphs, NVRTC, how arguments become point
 
 Device memory is host memory, so copies are real. A launch checks the sizes of its arguments with
 the kernel's own cubin and then runs in the emulator, or joins the graph that is being captured.
-Streams run what they get at once, in the order of the calls. What a device would refuse or regret
-is kept in :attr:`StubCuda.faults`.
+Streams run what they get at once, in the order of the calls; a graph runs its work in turn in two
+orders that its edges allow, side streams as late and as early as can be. What a device would refuse
+or regret is kept in :attr:`StubCuda.faults`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -92,13 +93,40 @@ class Capture:
 
     Attributes:
         origin: the stream that began it.
-        work: in the order of the calls.
-        reached: by stream, how much of each stream's work its next work waits for.
+        queues: by stream, its work, and as (stream, length) where it waits for another's first
+            ``length`` entries.
+        memory: addresses and sizes of what the work reads and writes.
     """
 
     origin: int
-    work: list[Callable[[], None]] = field(default_factory=list)
-    reached: dict[int, dict[int, int]] = field(default_factory=dict)
+    queues: dict[int, list[Callable[[], Any] | tuple[int, int]]] = field(default_factory=dict)
+    memory: set[tuple[int, int]] = field(default_factory=set)
+
+    def order(self, streams: Iterable[int]) -> list[Callable[[], Any]]:
+        """The work of these streams, one stream after the other but for what they wait for."""
+        done, work = dict.fromkeys(self.queues, 0), []
+
+        def run(stream: int, length: int) -> None:
+            while done[stream] < length:
+                entry = self.queues[stream][done[stream]]
+                done[stream] += 1
+                if isinstance(entry, tuple):
+                    run(*entry)
+                else:
+                    work.append(entry)
+
+        for stream in streams:
+            run(stream, len(self.queues[stream]))
+        return work
+
+
+@dataclass
+class CapturedGraph:
+    """Work in two orders that its edges allow: other streams' as late, and as early as can be."""
+
+    orders: tuple[list[Callable[[], Any]], list[Callable[[], Any]]]
+    memory: set[tuple[int, int]]
+    launches: int = 0
 
 
 @dataclass
@@ -134,9 +162,9 @@ class StubCuda:
         self._memory: dict[int, NDArray[np.uint8]] = {}
         self._pinned: dict[int, NDArray[np.uint8]] = {}
         self._streams: dict[int, Capture | None] = {0: None}
-        self._events: dict[int, tuple[Capture, dict[int, int]] | None] = {}
-        self._graphs: dict[int, list[Callable[[], None]]] = {}
-        self._executables: dict[int, list[Callable[[], None]]] = {}
+        self._events: dict[int, tuple[Capture, int, int] | None] = {}
+        self._graphs: dict[int, CapturedGraph] = {}
+        self._executables: dict[int, CapturedGraph] = {}
         self._modules: dict[int, dict[str, list[int]]] = {}
         self._functions: dict[int, Function] = {}
 
@@ -250,27 +278,33 @@ class StubCuda:
         inside = any(p <= pointer < p + room.size for p, room in self._pinned.items())
         return 1 if inside else 0
 
-    def bytes_at(self, pointer: int, size: int) -> NDArray[np.uint8]:
-        """Device memory from an address on."""
+    def _bytes_at(self, pointer: int, size: int) -> NDArray[np.uint8] | None:
+        """Device memory from an address on; None where it is not allocated."""
         for begin, room in self._memory.items():
             if begin <= pointer and pointer + size <= begin + room.size:
                 return room[pointer - begin : pointer - begin + size]
-        self.fault(f"{size} bytes at {pointer:#x} are not allocated")
-        return np.empty(size, np.uint8)
+        return None
+
+    def _allocated(self, pointer: int, size: int) -> bool:
+        found = self._bytes_at(pointer, size) is not None
+        if not found:
+            self.fault(f"{size} bytes at {pointer:#x} are not allocated")
+        return found
 
     def memcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
         # CuPy names no direction where both are on a device.
         if kind != BY_ADDRESS and self._streams[stream] is not None:
             self.fault("a copy to or from the host during a capture")
+        memory = []
         if kind != DEVICE_TO_HOST:
-            self.bytes_at(target, size)
+            memory.append((target, size))
         if kind != HOST_TO_DEVICE:
-            self.bytes_at(source, size)
-        self._submit(stream, lambda: void(ctypes.memmove(target, source, size)))
+            memory.append((source, size))
+        self._submit(stream, lambda: void(ctypes.memmove(target, source, size)), memory)
 
     def memsetAsync(self, pointer: int, value: int, size: int, stream: int) -> None:
-        self.bytes_at(pointer, size)
-        self._submit(stream, lambda: void(ctypes.memset(pointer, value, size)))
+        memory = [(pointer, size)]
+        self._submit(stream, lambda: void(ctypes.memset(pointer, value, size)), memory)
 
     # --- streams, events, graphs ---
 
@@ -288,19 +322,21 @@ class StubCuda:
     def streamBeginCapture(self, stream: int) -> None:
         if stream == 0 or self._streams[stream] is not None:
             self.fault(f"streamBeginCapture on stream {stream:#x}")
-        self._streams[stream] = Capture(stream, reached={stream: {}})
+        self._streams[stream] = Capture(stream, {stream: []})
 
     def streamEndCapture(self, stream: int) -> int:
         capture = self._streams[stream]
         if capture is None or capture.origin != stream:
             self.fault(f"streamEndCapture on stream {stream:#x}, which began none")
             return 0
-        for other, reached in capture.reached.items():
-            if reached.get(other, 0) > capture.reached[stream].get(other, 0):
-                self.fault("a capture ends with a stream that was not joined")
+        for other in capture.queues:
             self._streams[other] = None
+        late = capture.order([stream])
+        early = capture.order([*(s for s in capture.queues if s != stream), stream])
+        if len(late) < len(early):
+            self.fault("a capture ends with a stream that was not joined")
         handle = self._handle()
-        self._graphs[handle] = capture.work
+        self._graphs[handle] = CapturedGraph((late, early), capture.memory)
         return handle
 
     def streamIsCapturing(self, stream: int) -> int:
@@ -327,8 +363,9 @@ class StubCuda:
 
     def eventRecord(self, event: int, stream: int) -> None:
         capture = self._streams[stream]
-        recorded = None if capture is None else (capture, dict(capture.reached[stream]))
-        self._events[event] = recorded
+        self._events[event] = (
+            None if capture is None else (capture, stream, len(capture.queues[stream]))
+        )
 
     def streamWaitEvent(self, stream: int, event: int) -> None:
         recorded, own = self._events[event], self._streams[stream]
@@ -336,13 +373,11 @@ class StubCuda:
             if own is not None:
                 self.fault("a capture waits for an event from outside")
             return
-        capture, reached = recorded
+        capture, other, length = recorded
         if own is not None and own is not capture:
             self.fault("two captures wait for each other")
         self._streams[stream] = capture
-        mine = capture.reached.setdefault(stream, {})
-        for other, count in reached.items():
-            mine[other] = max(mine.get(other, 0), count)
+        capture.queues.setdefault(stream, []).append((other, length))
 
     def graphInstantiate(self, graph: int) -> int:
         self._forbidden("graphInstantiate")
@@ -351,8 +386,11 @@ class StubCuda:
         return handle
 
     def graphLaunch(self, executable: int, stream: int) -> None:
-        work = self._executables[executable]
-        self._submit(stream, lambda: [run() for run in work])
+        graph = self._executables[executable]
+        work = graph.orders[graph.launches % 2]
+        graph.launches += 1
+        # The memory may have been freed since it was captured.
+        self._submit(stream, lambda: [run() for run in work], graph.memory)
 
     def graphDestroy(self, graph: int) -> None:
         del self._graphs[graph]
@@ -360,15 +398,18 @@ class StubCuda:
     def graphExecDestroy(self, executable: int) -> None:
         del self._executables[executable]
 
-    def _submit(self, stream: int, run: Callable[[], Any]) -> None:
-        """Run it now, or when the graph does."""
+    def _submit(
+        self, stream: int, run: Callable[[], Any], memory: Iterable[tuple[int, int]] = ()
+    ) -> None:
+        """Run it now, or when the graph does, on memory given as (address, bytes)."""
+        if not all(self._allocated(*part) for part in memory):
+            return  # it would write to memory of the test's own
         capture = self._streams[stream]
         if capture is None:
             run()
             return
-        capture.work.append(run)
-        reached = capture.reached[stream]
-        reached[stream] = reached.get(stream, 0) + 1
+        capture.queues[stream].append(run)
+        capture.memory.update(memory)
 
     # --- modules and launches ---
 
@@ -423,7 +464,9 @@ class StubCuda:
             self._received(known.name, given, ctypes.string_at(at, size))
             for given, at, size in zip(announced.args, table, wanted, strict=True)
         ]
-        self._submit(stream, lambda: announced.run(received))
+        arrays = [a for a in announced.args if a is not None and _is_pointer(a)]
+        memory = [(a.data.ptr, a.nbytes) for a in arrays]
+        self._submit(stream, lambda: announced.run(received), memory)
 
     def _received(self, name: str, given: Any, raw: bytes) -> Any:
         """An argument as the kernel finds it."""
@@ -437,7 +480,8 @@ class StubCuda:
             self.fault(f"{name}: a pointer arrives as {pointer:#x}")
         if given is None:
             return None
-        return self.bytes_at(pointer, given.nbytes).view(given.dtype).reshape(given.shape)
+        found = self._bytes_at(pointer, given.nbytes)
+        return None if found is None else found.view(given.dtype).reshape(given.shape)
 
 
 def _is_pointer(argument: Any) -> bool:
