@@ -1,8 +1,8 @@
 """A GPU through CuPy, as the :class:`~fastrnn.cuda.device.Device` that the launchers work on.
 
-Work goes to CuPy's current stream. Kernels are compiled by NVRTC when first launched and kept in
-CuPy's on-disk cache; a digest of ``kernels/`` is part of its key, because CuPy leaves included
-files out of it.
+Work goes to CuPy's current stream. Kernels are compiled by NVRTC when first launched, or ahead of it
+in threads (:meth:`CupyDevice.compile_ahead`), and kept in CuPy's on-disk cache; a digest of
+``kernels/`` is part of its key, because CuPy leaves included files out of it.
 """
 
 from __future__ import annotations
