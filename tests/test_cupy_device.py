@@ -141,6 +141,7 @@ class FakeCupy(ModuleType):
             Stream=new_stream,
             Event=FakeEvent,
             get_current_stream=lambda: FakeStream.current,
+            driver=SimpleNamespace(CUDADriverError=FakeError),
             memory=SimpleNamespace(OutOfMemoryError=FakeOutOfMemoryError),
         )
         self.empty = failures.get("empty", np.empty)
@@ -538,6 +539,16 @@ def test_memory_of_a_module_or_a_graph_can_run_out_too(fake: FakeCupy) -> None:
     fake.cuda.runtime.memGetInfo = fails("the device does not answer")
     with pytest.raises(DeviceMemoryError, match=r"^out of memory on the device: more is needed$"):
         device.launch(variant(1), 1, [])
+
+    class NVRTCError(RuntimeError):
+        status = 2  # NVRTC_ERROR_PROGRAM_CREATION_FAILURE
+
+    def not_created(name: str) -> None:
+        raise NVRTCError
+
+    fake.compiling = not_created
+    with pytest.raises(NVRTCError):
+        device.launch(variant(2), 1, [])
     fake.compiling = fails("cudaErrorInvalidValue: another error")
     with pytest.raises(FakeError, match="another error"):
         device.launch(variant(2), 1, [])

@@ -407,6 +407,8 @@ def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupyBackend:
         Device=FakeDevice,
         ExternalStream=FakeDevice,
         memory=types.SimpleNamespace(OutOfMemoryError=PoolError),
+        runtime=types.SimpleNamespace(CUDARuntimeError=RuntimeError),
+        driver=types.SimpleNamespace(CUDADriverError=RuntimeError),
         Stream=types.SimpleNamespace(
             from_external=lambda stream: FakeDevice(*stream.__cuda_stream__())
         ),

@@ -1,7 +1,7 @@
 """A GPU through CuPy, as the :class:`~fastrnn.cuda.device.Device` that the launchers work on.
 
-Work goes to CuPy's current stream. Kernels are compiled by NVRTC when first launched, or ahead of it
-in threads (:meth:`CupyDevice.compile_ahead`), and kept in CuPy's on-disk cache; a digest of
+Work goes to CuPy's current stream. Kernels are compiled by NVRTC when first launched, or in threads
+before (:meth:`CupyDevice.compile_ahead`), and kept in CuPy's on-disk cache; a digest of
 ``kernels/`` is part of its key, because CuPy leaves included files out of it.
 """
 
@@ -126,13 +126,19 @@ class MemoryErrors:
         pass
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        # CuPy's own error has the bytes wanted; CUDA's (of a module, a graph) has a status.
-        of_pool = isinstance(error, self._cupy.cuda.memory.OutOfMemoryError)
-        if not of_pool and getattr(error, "status", 0) != OUT_OF_MEMORY:
+        if error is None:
+            return
+        cuda = self._cupy.cuda
+        # CuPy's own error has the bytes wanted; CUDA's (of a module, a graph) has a status, and so
+        # has NVRTC's, whose numbers are others.
+        of_cuda = isinstance(error, (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError))
+        if not isinstance(error, cuda.memory.OutOfMemoryError) and not (
+            of_cuda and error.status == OUT_OF_MEMORY  # type: ignore[attr-defined]
+        ):
             return
         free = total = None
         with contextlib.suppress(Exception):  # the first error is the one to report
-            free, total = map(int, self._cupy.cuda.runtime.memGetInfo())
+            free, total = map(int, cuda.runtime.memGetInfo())
         raise DeviceMemoryError(getattr(error, "_size", None), free, total) from error
 
 
