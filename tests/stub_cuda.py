@@ -278,6 +278,11 @@ class StubCuda:
         inside = any(p <= pointer < p + room.size for p, room in self._pinned.items())
         return 1 if inside else 0
 
+    def pointerGetAttributes(self, pointer: int) -> Any:
+        """What CuPy 13 asks for the type."""
+        runtime = importlib.import_module("cupy_backends.cuda.api.runtime")
+        return runtime.PointerAttributes(0, pointer, pointer, self.pointerGetMemoryType(pointer))
+
     def _bytes_at(self, pointer: int, size: int) -> NDArray[np.uint8] | None:
         """Device memory from an address on; None where it is not allocated."""
         for begin, room in self._memory.items():
@@ -312,6 +317,10 @@ class StubCuda:
         handle = self._handle()
         self._streams[handle] = None
         return handle
+
+    def streamCreateWithFlags(self, flags: int) -> int:
+        """What CuPy 13 calls."""
+        return self.streamCreateWithPriority(flags, 0)
 
     def streamDestroy(self, stream: int) -> None:
         del self._streams[stream]
@@ -495,6 +504,7 @@ def void(_: Any) -> None:
 # --- Into CuPy's bindings ----------------------------------------------------------------------
 
 _TYPES: dict[str, Any] = {
+    "struct __pyx_obj_13cupy_backends_4cuda_3api_7runtime_PointerAttributes *": ctypes.py_object,
     "int": ctypes.c_int,
     "unsigned int": ctypes.c_uint,
     "size_t": ctypes.c_size_t,
