@@ -12,6 +12,7 @@ The ops are in :mod:`fastrnn.ops`, the plain NumPy definition in :mod:`fastrnn.r
 from fastrnn.backend import (
     Backend,
     BackendUnavailableError,
+    DeviceMemoryError,
     available_backends,
     open_backend,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "Decoding",
+    "DeviceMemoryError",
     "DivergenceError",
     "EpochStats",
     "LRSchedule",

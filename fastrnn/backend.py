@@ -17,12 +17,14 @@ the override to the composition below, and the composition to the oracle.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,70 @@ class BackendUnavailableError(ImportError):
     """A backend was named that cannot run here; the message holds the reason and a remedy."""
 
 
+class DeviceMemoryError(MemoryError):
+    """An allocation did not fit the memory of the device; the message says what was wanted.
+
+    What was being built is dropped: the same call with smaller sizes works.
+
+    Args:
+        wanted: bytes of the allocation; None where the device does not say.
+        free: bytes of the device that are free; None where unknown.
+        total: bytes of the device; None where unknown.
+
+    Attributes:
+        sizes: what was worked on, by the letters of the docstrings: T, B, H, V.
+        dtype: of the arrays; None where unknown.
+        advice: what needs less memory, or an empty string.
+    """
+
+    def __init__(
+        self, wanted: int | None = None, free: int | None = None, total: int | None = None
+    ) -> None:
+        super().__init__(wanted, free, total)
+        self.wanted, self.free, self.total = wanted, free, total
+        self.sizes: dict[str, int] = {}
+        self.dtype: np.dtype[Any] | None = None
+        self.advice = ""
+
+    def __str__(self) -> str:
+        amount = "more" if self.wanted is None else f"{_bytes(self.wanted)} more"
+        text = f"{amount} is needed"
+        if self.sizes:
+            work = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+            kind = "" if self.dtype is None else f" in {self.dtype}"
+            text = f"{work}{kind} need {amount}"
+        if self.free is not None and self.total is not None:
+            text += f", {_bytes(self.free)} of {_bytes(self.total)} are free"
+        return "; ".join(filter(None, [f"out of memory on the device: {text}", self.advice]))
+
+    def describe(self, sizes: Mapping[str, int], dtype: Any = None, advice: str = "") -> None:
+        """Add what was worked on; what was said nearer to the allocation stays."""
+        self.sizes = self.sizes or dict(sizes)
+        if self.dtype is None and dtype is not None:
+            self.dtype = np.dtype(dtype)
+        self.advice = self.advice or advice
+
+
+def _bytes(count: int) -> str:
+    """A number of bytes for people: exact below a KiB, else to a tenth of the largest unit."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+@contextlib.contextmanager
+def memory_of(sizes: Mapping[str, int], dtype: Any = None, advice: str = "") -> Iterator[None]:
+    """Give a :class:`DeviceMemoryError` from inside the block these sizes."""
+    try:
+        yield
+    except DeviceMemoryError as error:
+        error.describe(sizes, dtype, advice)
+        raise
+
+
 @dataclass(frozen=True)
 class Dims:
     """The sizes of a model and of its training batches.
@@ -57,6 +123,11 @@ class Dims:
     H: int
     V: int
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """T, B, H and V by their letters."""
+        return {"T": self.T, "B": self.B, "H": self.H, "V": self.V}
 
     @property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -126,6 +197,54 @@ class Workspace:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+Sizes = tuple[dict[str, int], Any, str]
+"""The arguments of :meth:`DeviceMemoryError.describe`."""
+
+SMALLER_BATCH = "a smaller batch_size or num_steps needs less"
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _names_sizes(sizes_of: Callable[..., Sizes]) -> Callable[[_Method], _Method]:
+    """Let a :class:`DeviceMemoryError` of a method name what the method works on."""
+
+    def decorate(method: _Method) -> _Method:
+        @functools.wraps(method)
+        def named(self: Backend, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, *args, **kwargs)
+            except DeviceMemoryError as error:
+                error.describe(*sizes_of(*args, **kwargs))
+                raise
+
+        return cast(_Method, named)
+
+    return decorate
+
+
+def _of_dims(dims: Dims, *_: Any, **__: Any) -> Sizes:
+    return dims.sizes, dims.dtype, SMALLER_BATCH
+
+
+def _of_workspace(ws: Workspace, *_: Any, **__: Any) -> Sizes:
+    return _of_dims(ws.dims)
+
+
+def _of_generation(params: Mapping[str, Array], prefix: HostArray, *_: Any, **__: Any) -> Sizes:
+    H, V = params["W_hq"].shape
+    sizes = {"S": len(prefix), "H": H, "V": V}
+    return sizes, params["W_hq"].dtype, "fewer sequences at once need less"
+
+
+_WORK: dict[str, Callable[..., Sizes]] = {
+    "workspace": _of_dims,
+    "step": _of_workspace,
+    "run_steps": _of_workspace,
+    "evaluate": _of_workspace,
+    "generate": _of_generation,
+}
+"""The methods of a backend that name their sizes, and where those are in the arguments."""
+
+
 class Backend(ABC):
     """An opened device. Methods trust their arguments: :mod:`fastrnn.ops` and the model check them.
 
@@ -134,6 +253,12 @@ class Backend(ABC):
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[type, ...]] = (np.float32, np.float64)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Where memory runs out in what a backend overrides, the error names the sizes."""
+        super().__init_subclass__(**kwargs)
+        for name in _WORK.keys() & cls.__dict__.keys():
+            setattr(cls, name, _names_sizes(_WORK[name])(cls.__dict__[name]))
 
     # A device is neither copied nor stored: copies share it, another process opens its own.
 
@@ -270,6 +395,7 @@ class Backend(ABC):
 
     # --- the training step ---
 
+    @_names_sizes(_WORK["workspace"])
     def workspace(
         self, dims: Dims, tokens: HostArray, params: Mapping[str, HostArray]
     ) -> Workspace:
@@ -306,6 +432,7 @@ class Backend(ABC):
         h0, logits = self.put(np.zeros((B, H), dtype)), self.empty((T, B, V), dtype)
         return {"h0": h0, "z": h, "h": h, "dh": dz, "dz": dz, "logits": logits}
 
+    @_names_sizes(_WORK["step"])
     def step(self, ws: Workspace, starts: Array, lr: float, max_norm: float, carry: bool) -> None:
         """One training step on the batch at ``starts`` (int32 ``[B]``, on the device).
 
@@ -326,6 +453,7 @@ class Backend(ABC):
         if carry:
             self.put(ws.h[-1], out=ws.h0)
 
+    @_names_sizes(_WORK["run_steps"])
     def run_steps(
         self, ws: Workspace, starts: HostArray, lr: float, max_norm: float, carry: bool
     ) -> None:
@@ -333,6 +461,7 @@ class Backend(ABC):
         for row in self.put(np.ascontiguousarray(starts, dtype=np.int32)):
             self.step(ws, row, lr, max_norm, carry)
 
+    @_names_sizes(_WORK["evaluate"])
     def evaluate(self, ws: Workspace, starts: HostArray, carry: bool) -> float:
         """Mean loss over the batches of ``starts`` (int32 ``[n, B]``) with no update.
 

@@ -23,7 +23,7 @@ import numpy as np
 import typer
 
 import fastrnn
-from fastrnn.backend import BackendUnavailableError
+from fastrnn.backend import BackendUnavailableError, DeviceMemoryError
 from fastrnn.checkpoint import CheckpointError, load_checkpoint
 from fastrnn.cli_train import Outputs, Run, UsageError, check_writable, same_file, shown
 from fastrnn.corpus import CorpusError
@@ -98,7 +98,7 @@ def _say(error: BaseException) -> None:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         text = f"{error.strerror}{where}"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) and not isinstance(error, DeviceMemoryError):
         text = f"out of memory: {text or 'the arrays do not fit'}"
     print(f"fastrnn: error: {text}", file=sys.stderr)
 

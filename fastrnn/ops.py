@@ -22,9 +22,10 @@ from several threads at once.
 
 Every argument is checked here, once for all backends: TypeError for a wrong kind of array or
 dtype (float32 and float64 are taken, never mixed), ValueError for a wrong shape or a token out of
-range; both say what was expected and what came. Nothing is recorded for automatic differentiation:
-torch tensors that would need it are refused; :mod:`fastrnn.torch` and :mod:`fastrnn.jax` have ops
-with gradients.
+range; both say what was expected and what came. What does not fit a GPU's memory raises
+:class:`fastrnn.DeviceMemoryError`, which names the sizes. Nothing is recorded for automatic
+differentiation: torch tensors that would need it are refused; :mod:`fastrnn.torch` and
+:mod:`fastrnn.jax` have ops with gradients.
 """
 
 from __future__ import annotations
@@ -33,13 +34,20 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastrnn.backend import GPU_BACKENDS, Array, Backend, BackendUnavailableError, open_backend
+from fastrnn.backend import (
+    GPU_BACKENDS,
+    Array,
+    Backend,
+    BackendUnavailableError,
+    memory_of,
+    open_backend,
+)
 from fastrnn.checks import positive_int
 
 
@@ -56,7 +64,9 @@ def gather(W_xh: Array, tokens: Array, b_h: Array, out: Array | None = None) -> 
     call = _Call("W_xh", W_xh)
     W_xh = call.array("W_xh", W_xh, (None, None))
     V, H = W_xh.shape
+    call.sizes = {"H": H, "V": V}
     tokens = call.tokens("tokens", tokens, V)
+    call.sizes = {"T": tokens.shape[0], "B": tokens.shape[1], "H": H, "V": V}
     b_h = call.array("b_h", b_h, (H,))
     return call.run("gather", W_xh, tokens, b_h, out=call.out("out", out, (*tokens.shape, H)))
 
@@ -76,6 +86,7 @@ def gather_backward(
     call = _Call("dz", dz)
     dz = call.array("dz", dz, (None, None, None))
     V, (T, B, H) = positive_int("V", V), dz.shape
+    call.sizes = {"T": T, "B": B, "H": H, "V": V}
     tokens = call.tokens("tokens", tokens, V, (T, B))
     outs = call.outs(out, dW_xh=(V, H), db_h=(H,))
     dW_xh, db_h = call.run("gather_backward", dz, tokens, V, out=outs)
@@ -95,6 +106,7 @@ def recurrence(z: Array, W_hh: Array, h0: Array, out: Array | None = None) -> Ar
     call = _Call("z", z)
     z = call.array("z", z, (None, None, None))
     T, B, H = z.shape
+    call.sizes = {"T": T, "B": B, "H": H}
     W_hh, h0 = call.array("W_hh", W_hh, (H, H)), call.array("h0", h0, (B, H))
     return call.run("recurrence", z, W_hh, h0, out=call.out("out", out, (T, B, H)), inplace=z)
 
@@ -115,6 +127,7 @@ def recurrence_backward(
     call = _Call("dh", dh)
     dh = call.array("dh", dh, (None, None, None))
     T, B, H = dh.shape
+    call.sizes = {"T": T, "B": B, "H": H}
     h, W_hh = call.array("h", h, (T, B, H)), call.array("W_hh", W_hh, (H, H))
     h0 = call.array("h0", h0, (B, H))
     outs = call.outs(out, dz=(T, B, H), dW_hh=(H, H), dh0=(B, H))
@@ -136,6 +149,7 @@ def project(h: Array, W_hq: Array, b_q: Array, out: Array | None = None) -> Arra
     T, B, H = h.shape
     W_hq = call.array("W_hq", W_hq, (H, None))
     V = W_hq.shape[1]
+    call.sizes = {"T": T, "B": B, "H": H, "V": V}
     b_q = call.array("b_q", b_q, (V,))
     return call.run("project", h, W_hq, b_q, out=call.out("out", out, (T, B, V)))
 
@@ -157,6 +171,7 @@ def project_backward(
     T, B, V = dlogits.shape
     h = call.array("h", h, (T, B, None))
     H = h.shape[2]
+    call.sizes = {"T": T, "B": B, "H": H, "V": V}
     W_hq = call.array("W_hq", W_hq, (H, V))
     outs = call.outs(out, dh=(T, B, H), dW_hq=(H, V), db_q=(V,))
     dh, dW_hq, db_q = call.run("project_backward", dlogits, h, W_hq, out=outs)
@@ -178,6 +193,7 @@ def cross_entropy(
     call = _Call("logits", logits)
     logits = call.array("logits", logits, (None, None, None))
     T, B, V = logits.shape
+    call.sizes = {"T": T, "B": B, "V": V}
     targets = call.tokens("targets", targets, V, (T, B))
     outs = call.outs(out, loss=(), dlogits=(T, B, V))
     loss, dlogits = call.run("cross_entropy", logits, targets, out=outs, inplace=logits)
@@ -298,12 +314,15 @@ def _torch_kind(name: str, tensor: Any, torch: Any) -> _Kind:
         )
     if device.type == "cuda":
         cupy = _cupy()
+        from fastrnn.cuda.cupy_device import foreign_stream
 
         @contextlib.contextmanager
         def scope() -> Any:
             stream = torch.cuda.current_stream(device)
-            external = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
-            with cupy.cuda.Device(device.index), external:
+            with (
+                cupy.cuda.Device(device.index),
+                foreign_stream(cupy, stream.cuda_stream, device.index),
+            ):
                 yield
 
         return _Kind(
@@ -380,7 +399,11 @@ class _Out:
 
 
 class _Call:
-    """One call of an op: the kind and dtype that its first array sets, and the checks of all."""
+    """One call of an op: the kind and dtype that its first array sets, and the checks of all.
+
+    Attributes:
+        sizes: those known by now, by their letters, for a :class:`fastrnn.DeviceMemoryError`.
+    """
 
     def __init__(self, name: str, first: Any) -> None:
         self.kind = _kind_of(name, first)
@@ -388,15 +411,28 @@ class _Call:
         if view.dtype not in (np.float32, np.float64):
             raise TypeError(f"{name} must be float32 or float64, got {view.dtype}")
         self.dtype = view.dtype
+        self.sizes: dict[str, int] = {}
         self._to_write: list[Any] = []
         if self.kind.on_gpu:
             self.backend = open_backend("cupy")
         else:
             self.backend = _cpu_backend(os.environ.get("FASTRNN_BACKEND", "").strip())
 
+    def _scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Work inside goes to the caller's device and stream; what does not fit there is named."""
+        return self._gpu_scope() if self.kind.on_gpu else self.kind.scope()
+
+    @contextlib.contextmanager
+    def _gpu_scope(self) -> Iterator[None]:
+        from fastrnn.cuda.cupy_device import MemoryErrors
+
+        cupy = sys.modules["cupy"]
+        with self.kind.scope(), memory_of(self.sizes, self.dtype), MemoryErrors(cupy):
+            yield
+
     def array(self, name: str, array: Any, shape: tuple[int | None, ...] | None) -> Array:
         """Check dtype and shape of an input (None is any size >= 1); return it in C order."""
-        with self.kind.scope():
+        with self._scope():
             return _readable(self._checked(name, array, shape))
 
     def out(self, name: str, array: Any, shape: tuple[int, ...] | None) -> Any:
@@ -439,7 +475,7 @@ class _Call:
         if view.dtype not in (np.int32, np.int64):
             raise TypeError(f"{name} must be int32 or int64, got {view.dtype}")
         _check_shape(name, view, shape)
-        with self.kind.scope():
+        with self._scope():
             low, high = int(view.min()), int(view.max())
             if low < 0 or high >= V:
                 bad = low if low < 0 else high
@@ -455,7 +491,7 @@ class _Call:
         _check_overlap([o.view for o in outs], args, inplace)
         for array in self._to_write:
             self.kind.written(array)
-        with self.kind.scope():
+        with self._scope():
             if not outs:
                 result = getattr(self.backend, op)(*args)
                 if isinstance(result, tuple):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrnn.backend import Array, Backend, Dims, Workspace
+from fastrnn.backend import SMALLER_BATCH, Array, Backend, Dims, Workspace, memory_of
 from fastrnn.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastrnn.checks import count, positive_int
 from fastrnn.corpus import SAMPLINGS, Corpus, CorpusError, batch_starts, num_batches
@@ -142,15 +142,16 @@ class Trainer:
         dims = Dims(
             self.num_steps, self.batch_size, model.hidden_size, len(model.vocab), model.dtype
         )
-        self._ws = self._backend.workspace(dims, np.asarray(train.tokens), model.params)
+        with memory_of(dims.sizes, dims.dtype, SMALLER_BATCH):
+            self._ws = self._backend.workspace(dims, np.asarray(train.tokens), model.params)
+            self._validation = None if validation is None else self._validation_run(validation)
+            self._best_params: Array = self._backend.empty((dims.flat_size,), model.dtype)
+            self._backend.put(self._ws.flat_params, out=self._best_params)
+            self._zero_state: Array = self._backend.put(
+                np.zeros((self.batch_size, model.hidden_size), model.dtype)
+            )
+            self._zero_totals: Array = self._backend.put(np.zeros(4))
         self._bind()
-        self._validation = None if validation is None else self._validation_run(validation)
-        self._best_params: Array = self._backend.empty((dims.flat_size,), model.dtype)
-        self._backend.put(self._ws.flat_params, out=self._best_params)
-        self._zero_state: Array = self._backend.put(
-            np.zeros((self.batch_size, model.hidden_size), model.dtype)
-        )
-        self._zero_totals: Array = self._backend.put(np.zeros(4))
         self._cursor = 0
         self._seconds = 0.0
         self._chunk = _FIRST_CHUNK

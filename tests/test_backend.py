@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,16 @@ import pytest
 
 import fastrnn
 from fastrnn import backend as seam
-from fastrnn.backend import ALIGNMENT, BACKENDS, BackendUnavailableError, Dims, open_backend
+from fastrnn.backend import (
+    ALIGNMENT,
+    BACKENDS,
+    BackendUnavailableError,
+    DeviceMemoryError,
+    Dims,
+    memory_of,
+    open_backend,
+)
+from fastrnn.backends.numba_cuda import NumbaCudaBackend
 
 
 @pytest.fixture
@@ -103,3 +114,51 @@ def test_flat_layout_is_aligned_and_covers_every_parameter(dtype: Any) -> None:
         assert part.stop - part.start == np.prod(dims.param_shapes[name])
         stops = part.stop
     assert dims.flat_size >= stops
+
+
+def test_memory_that_ran_out_is_described_from_the_inside_out() -> None:
+    with (
+        pytest.raises(MemoryError) as caught,
+        memory_of({"T": 35, "B": 32, "H": 256, "V": 1027}, np.float64, "a smaller batch"),
+        memory_of({"S": 3}, np.float32),
+    ):
+        raise fastrnn.DeviceMemoryError(1288490189, 858993459, 84933256806)
+    text = "S=3 in float32 need 1.2 GiB more, 819.2 MiB of 79.1 GiB are free; a smaller batch"
+    assert str(caught.value) == f"out of memory on the device: {text}"
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.wanted) == (str(caught.value), 1288490189)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (3 << 40, "3.0 TiB")],
+)
+def test_bytes_are_written_for_people(wanted: int, text: str) -> None:
+    error = DeviceMemoryError(wanted)
+    assert str(error) == f"out of memory on the device: {text} more is needed"
+
+
+@pytest.mark.parametrize("status", [2, 700])
+def test_numba_cuda_names_the_bytes_that_it_did_not_get(status: int) -> None:
+    class CudaAPIError(Exception):
+        code = status
+
+    def device_array(shape: Any, dtype: Any, stream: Any) -> Any:
+        raise CudaAPIError
+
+    memory = types.SimpleNamespace(get_memory_info=lambda: (1 << 30, 80 << 30))
+    backend = NumbaCudaBackend.__new__(NumbaCudaBackend)
+    backend._cuda = types.SimpleNamespace(device_array=device_array, current_context=lambda: memory)
+    backend.stream, backend.simulated, backend._scratch_arrays = 7, False, {}
+    for allocate, arguments in (
+        (backend.empty, ((3, 1 << 20), np.float64)),
+        (backend._result, (7, (3, 1 << 20), np.float64)),
+        (backend._scratch, (7, "name", 3 << 20, np.float64)),
+    ):
+        if status == 2:
+            with pytest.raises(DeviceMemoryError, match=r"24\.0 MiB more .* 1\.0 GiB of 80\.0 GiB"):
+                allocate(*arguments)
+        else:  # an illegal address, say
+            with pytest.raises(CudaAPIError):
+                allocate(*arguments)
+    assert not backend._scratch_arrays

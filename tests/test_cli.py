@@ -216,6 +216,17 @@ def test_a_save_that_fails_leaves_the_files_as_they_were(monkeypatch: pytest.Mon
     assert {p: p.read_bytes() for p in Path.cwd().iterdir()} == before
 
 
+def test_memory_that_runs_out_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise fastrnn.DeviceMemoryError(3 << 30)
+
+    monkeypatch.setattr(fastrnn.Trainer, "advance", full)
+    result = train("--epochs", "1")
+    assert result.exit_code == 1
+    line = "fastrnn: error: out of memory on the device: 3.0 GiB more is needed\n"
+    assert result.output.endswith(line), result.output
+
+
 def test_files_are_kept_without_hard_links_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(source: Any, name: Any) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastrnn
-from fastrnn.backend import Dims, Workspace
+from fastrnn.backend import DeviceMemoryError, Dims, Workspace
 from fastrnn.backends import cupy_cuda
 from fastrnn.backends.cupy_cuda import GRAPH_STEPS, CupyBackend
+from fastrnn.decoding import Decoding
 from tests.conftest import Inputs
-from tests.cuda_support import emulated
+from tests.cuda_support import emulated, require_emulator
+from tests.emulated_device import EmulatedDevice
 from tests.test_step import check_steps, setting
 from tests.tolerances import assert_close
 
@@ -138,3 +141,109 @@ def test_a_model_trains_saves_resumes_and_generates(backend: CupyBackend, tmp_pa
             text = model.generate(["海风", "我"], 4, temperature=0.8, seed=5)
             on_cpu = fastrnn.CharRNN(corpus.vocab, 12, "numpy", params=model.params)
             assert text == on_cpu.generate(["海风", "我"], 4, temperature=0.8, seed=5)
+
+
+# --- Memory that runs out ----------------------------------------------------------------------
+
+
+class SmallDevice(EmulatedDevice):
+    """An emulated GPU with ``limit`` bytes of memory, of which ``used`` are taken."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(multiprocessors=132)
+        self.limit, self.used = limit, 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if self.used + wanted > self.limit:
+            raise DeviceMemoryError(wanted, self.limit - self.used, self.limit)
+        array = super().empty(shape, dtype)
+        self.used += wanted
+        weakref.finalize(array, self._freed, wanted)
+        return array
+
+    def _freed(self, size: int) -> None:
+        self.used -= size
+
+
+@pytest.fixture
+def small() -> CupyBackend:
+    """A backend on a device with little memory: room for small workspaces only."""
+    require_emulator()
+    return CupyBackend(SmallDevice(512 << 10))
+
+
+def test_a_workspace_that_does_not_fit_names_its_sizes_and_leaves_nothing(
+    small: CupyBackend,
+) -> None:
+    inputs = Inputs(40, 64, 32, 200, np.float32)
+    params, tokens, starts = setting(inputs, 2)
+    dims = Dims(inputs.T, inputs.B, inputs.H, inputs.V)
+    with pytest.raises(MemoryError) as caught:
+        small.workspace(dims, tokens, params)
+    assert isinstance(caught.value, DeviceMemoryError)
+    assert caught.value.wanted is not None
+    assert str(caught.value).startswith(
+        "out of memory on the device: T=40, B=64, H=32, V=200 in float32 need "
+    )
+    assert " of 512.0 KiB are free; a smaller batch_size or num_steps needs less" in str(
+        caught.value
+    )
+    del caught
+    assert small.device.used == 0  # type: ignore[attr-defined]
+    ws = small.workspace(Dims(2, 2, inputs.H, inputs.V), tokens, params)
+    small.run_steps(ws, starts[:, :2], 0.5, 0.7, True)
+    assert small.get(ws.totals)[2] == 2
+
+
+@pytest.mark.parametrize("method", ["step", "run_steps", "evaluate"])
+def test_steps_that_do_not_fit_can_be_run_once_there_is_room(
+    small: CupyBackend, method: str
+) -> None:
+    ws, starts = workspace(small, 3)
+    device: Any = small.device
+    before = small.get(ws.flat_params)
+    given = small.put(starts[0]) if method == "step" else starts
+    arguments = (True,) if method == "evaluate" else (0.5, 0.7, True)
+    device.limit = device.used
+    with pytest.raises(DeviceMemoryError, match="T=2, B=2, H=8, V=11 in float32 need"):
+        getattr(small, method)(ws, given, *arguments)
+    np.testing.assert_array_equal(small.get(ws.flat_params), before)
+    device.limit = 1 << 20
+    getattr(small, method)(ws, given, *arguments)
+    again, _ = workspace(small, 3)
+    getattr(small, method)(again, given, *arguments)
+    for name in ("flat_params", "h0", "totals"):
+        got, want = (small.get(getattr(w, name)) for w in (ws, again))
+        np.testing.assert_array_equal(got, want)
+
+
+def test_generation_that_does_not_fit_names_its_sizes(small: CupyBackend) -> None:
+    inputs = Inputs(2, 2, 8, 11, np.float32)
+    params = {name: small.put(array) for name, array in inputs.params().items()}
+    prefix = inputs.tokens(40, 3)
+    arguments = prefix, np.full(40, 3, np.int32), 4000, Decoding()
+    with pytest.raises(DeviceMemoryError, match=r"S=40, H=8, V=11 in float32 need .* sequences"):
+        small.generate(params, *arguments)
+    tokens, _ = small.generate(params, prefix[:2], np.full(2, 3, np.int32), 5, Decoding())
+    assert tokens.shape == (2, 5)
+
+
+def test_a_trainer_that_does_not_fit_names_its_sizes(small: CupyBackend) -> None:
+    corpus = fastrnn.corpus_from_text("海风吹乱了你的头发 我们说好不分开 " * 40)
+    model = fastrnn.CharRNN(corpus.vocab, 16, small)
+    V = len(corpus.vocab)
+    device: Any = small.device
+    before = device.used
+    trainer = fastrnn.Trainer(model, corpus, batch_size=2, num_steps=3)
+    needed = device.used - before
+    model.arrays = {name: small.put(array) for name, array in model.params.items()}
+    del trainer
+    assert device.used == before
+    for limit in range(before, before + needed, 512):
+        device.limit = limit
+        with pytest.raises(DeviceMemoryError, match=f"T=3, B=2, H=16, V={V} in float32 need"):
+            fastrnn.Trainer(model, corpus, batch_size=2, num_steps=3)
+    device.limit = 1 << 20
+    trainer = fastrnn.Trainer(model, corpus, batch_size=2, num_steps=3)
+    assert trainer.run_epoch().loss > 0

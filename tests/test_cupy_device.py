@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 import fastrnn.cuda.cupy_device as cupy_device
-from fastrnn.backend import BackendUnavailableError
+from fastrnn.backend import BackendUnavailableError, DeviceMemoryError
+from fastrnn.cuda import launchable
 from fastrnn.cuda.device import KERNELS, Kernel
 
 
 class FakeError(RuntimeError):
     """Stands for CUDARuntimeError."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class FakeOutOfMemoryError(MemoryError):
+    """Stands for the error of CuPy's pool."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"Out of memory allocating {size:,} bytes")
+        self._size = size
 
 
 class FakeStream:
@@ -82,6 +97,7 @@ class FakeCupy(ModuleType):
         super().__init__("cupy")
         self.log: list[tuple[Any, ...]] = []
         self.modules: list[SimpleNamespace] = []
+        self.current = threading.local()
         FakeStream.current = FakeStream(self.log, "caller")
         FakeStream.made = 0
 
@@ -97,21 +113,42 @@ class FakeCupy(ModuleType):
             driverGetVersion=failures.get("driver", lambda: 13000),
             runtimeGetVersion=lambda: 13000,
             streamCaptureModeRelaxed=1,
-            getDevice=lambda: 0,
+            getDevice=lambda: getattr(self.current, "device", 0),
+            setDevice=lambda number: setattr(self.current, "device", number),
+            memGetInfo=lambda: (3 << 20, 80 << 30),
         )
-        device = SimpleNamespace(
-            id=0,
-            compute_capability=failures.get("capability", lambda: "90")(),
-            attributes={"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 232448},
-        )
+
+        class FakeDevice(contextlib.ExitStack):
+            """A device; as a context, the current one of its thread."""
+
+            attributes: ClassVar = {
+                "MultiProcessorCount": 132,
+                "MaxSharedMemoryPerBlockOptin": 232448,
+            }
+            compute_capability = failures.get("capability", lambda: "90")()
+
+            def __init__(self, number: int | None = None) -> None:
+                super().__init__()
+                self.id = runtime.getDevice() if number is None else number
+
+            def __enter__(self) -> Any:
+                self.callback(runtime.setDevice, runtime.getDevice())
+                runtime.setDevice(self.id)
+                return super().__enter__()
+
         self.cuda = SimpleNamespace(
             runtime=runtime,
-            Device=lambda: device,
+            Device=FakeDevice,
             Stream=new_stream,
             Event=FakeEvent,
             get_current_stream=lambda: FakeStream.current,
-            memory=SimpleNamespace(OutOfMemoryError=FakeError),
+            driver=SimpleNamespace(CUDADriverError=FakeError),
+            memory=SimpleNamespace(OutOfMemoryError=FakeOutOfMemoryError),
         )
+        self.empty = failures.get("empty", np.empty)
+        self.asarray = failures.get("empty", np.asarray)
+        self.compiled: list[tuple[str, int]] = []
+        self.compiling: Callable[[str], None] = lambda name: None
         self.zeros = failures.get("zeros", lambda *args: np.zeros(1))
 
         def raw_module(code: str, options: tuple[str, ...], backend: str) -> SimpleNamespace:
@@ -119,6 +156,9 @@ class FakeCupy(ModuleType):
             made: dict[str, FakeFunction] = {}
 
             def get_function(name: str) -> FakeFunction:
+                if not made:  # as CuPy does: with the first function
+                    self.compiled.append((" ".join(options[3:]), runtime.getDevice()))
+                    self.compiling(self.compiled[-1][0])
                 return made.setdefault(name, FakeFunction(self.log, name, options))
 
             module = SimpleNamespace(code=code, options=options, get_function=get_function)
@@ -147,11 +187,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeCupy]:
     return put_in_place
 
 
-def fails(text: str) -> Callable[[], Any]:
-    def call(*args: Any) -> Any:
+def fails(text: str) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
         raise FakeError(text)
 
     return call
+
+
+def exhausted(size: int) -> Any:
+    raise FakeOutOfMemoryError(size)
 
 
 # --- What keeps it from opening ----------------------------------------------------------------
@@ -194,8 +238,8 @@ INSUFFICIENT = fails("cudaErrorInsufficientDriver: CUDA driver version is insuff
             id="NVRTC too new",
         ),
         pytest.param(
-            {"zeros": fails("out of memory: 100 bytes")},
-            r"device 0 does not work: out of memory",
+            {"zeros": lambda *args: exhausted(100)},
+            r"device 0 does not work: Out of memory",
             id="no memory",
         ),
     ],
@@ -337,6 +381,179 @@ def test_every_device_has_functions_and_limits_of_its_own(fake: FakeCupy) -> Non
         device.launch(WIDE, 1, [])
         limit = fake.modules[0].get_function(WIDE.name).max_dynamic_shared_size_bytes
         assert limit == WIDE.shared_bytes
+
+
+# --- Compiling ahead ---------------------------------------------------------------------------
+
+
+def variant(number: int, name: str = "plain_kernel", **options: Any) -> Kernel:
+    return Kernel("common_test", name, 128, (("N", number),), **options)
+
+
+def test_modules_are_compiled_at_the_same_time(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+    both = threading.Barrier(2, timeout=30)
+    fake.compiling = lambda name: void(both.wait())
+    rows = device.compile_ahead([variant(1), variant(1, "other_kernel"), variant(2)], threads=2)
+    assert [(row.module, row.error) for row in rows] == [
+        ("common_test.cu N=1", None),
+        ("common_test.cu N=2", None),
+    ]
+    assert all(row.seconds >= 0 for row in rows)
+    assert sorted(name for name, _ in fake.compiled) == ["-DN=1", "-DN=2"]
+    fake.compiling = fails("compiled again")
+    for kernel in (variant(1), variant(1, "other_kernel"), variant(2)):
+        device.launch(kernel, 1, [])
+
+
+def void(_: Any) -> None:
+    """Nothing, of anything."""
+
+
+def test_threads_that_launch_different_modules_do_not_wait_for_each_other(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+    both = threading.Barrier(2, timeout=30)
+    fake.compiling = lambda name: void(both.wait())
+    failures: list[BaseException] = []
+
+    def launch(number: int) -> None:
+        try:
+            device.launch(variant(number), 1, [])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=launch, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_module_is_compiled_once_however_many_threads_ask(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(name: str) -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    fake.compiling = slow
+    threads = [
+        threading.Thread(target=device.launch, args=(variant(1, shared_bytes=size), 1, []))
+        for size in (0, 1024, 2048, 4096)
+    ]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert fake.compiled == [("-DN=1", 0)]
+    assert len(fake.log) == 1 + len(threads)
+
+
+def test_a_module_that_fails_is_named_and_does_not_stop_the_others(fake: FakeCupy) -> None:
+    device = cupy_device.CupyDevice()
+
+    def one_is_wrong(name: str) -> None:
+        if name == "-DN=2":
+            raise RuntimeError("common_test.cu(3): error: expected a ';'")
+
+    fake.compiling = one_is_wrong
+    rows = device.compile_ahead(map(variant, (1, 2, 3)), threads=1)
+    assert [row.module for row in rows if row.error is None] == [
+        "common_test.cu N=1",
+        "common_test.cu N=3",
+    ]
+    wrong = rows[1]
+    assert wrong.module == "common_test.cu N=2"
+    assert wrong.error == "RuntimeError: common_test.cu(3): error: expected a ';'"
+
+
+def test_threads_compile_for_the_device_of_the_caller_and_only_what_runs_there(
+    fake: FakeCupy,
+) -> None:
+    device = cupy_device.CupyDevice()
+    with fake.cuda.Device(3):
+        rows = device.compile_ahead([variant(1), variant(2, min_capability=100)])
+    assert [row.module for row in rows] == ["common_test.cu N=1"]
+    assert fake.compiled == [("-DN=1", 3)]
+
+
+def test_what_can_be_launched_is_listed_by_capability() -> None:
+    everything = launchable()
+    assert len(everything) == len(set(everything))
+    hopper, turing = launchable(90), launchable(75)
+    assert {k for k in everything if k.runs_on(90)} == set(hopper)
+    assert all(k.cluster == 1 for k in turing)
+    assert any(k.cluster > 1 for k in hopper)
+    files = {k.file for k in everything}
+    assert {"recurrence", "gemm", "generate", "cross_entropy", "gather", "clip_sgd"} <= files
+
+
+# --- Memory ------------------------------------------------------------------------------------
+
+
+def test_memory_that_runs_out_says_how_much_was_wanted_and_is_free(
+    install: Callable[..., FakeCupy],
+) -> None:
+    install(empty=lambda *args: exhausted(3 << 30))
+    device = cupy_device.CupyDevice()
+    for allocate, arguments in ((device.empty, ((3,), np.float32)), (device.put, (np.zeros(3),))):
+        with pytest.raises(DeviceMemoryError) as caught:
+            allocate(*arguments)
+        assert caught.value.wanted == 3 << 30
+        assert str(caught.value) == (
+            "out of memory on the device: 3.0 GiB more is needed, 3.0 MiB of 80.0 GiB are free"
+        )
+        assert isinstance(caught.value.__cause__, FakeOutOfMemoryError)
+
+
+def test_memory_that_runs_out_without_a_pool_says_so_too(install: Callable[..., FakeCupy]) -> None:
+    def malloc(*args: Any) -> Any:
+        raise FakeError("cudaErrorMemoryAllocation: out of memory", status=2)
+
+    install(empty=malloc)
+    device = cupy_device.CupyDevice()
+    with pytest.raises(DeviceMemoryError, match=r"12\.0 KiB more is needed") as caught:
+        device.empty((3, 1024), np.float32)
+    assert caught.value.wanted == 12 << 10
+    assert isinstance(caught.value.__cause__, FakeError)
+
+
+def test_memory_of_the_host_is_another_matter(install: Callable[..., FakeCupy]) -> None:
+    def no_host_memory(*args: Any) -> Any:
+        raise MemoryError("Unable to allocate 3 TiB for an array")
+
+    install(empty=no_host_memory)
+    with pytest.raises(MemoryError, match="3 TiB") as caught:
+        cupy_device.CupyDevice().put(np.zeros(3))
+    assert not isinstance(caught.value, DeviceMemoryError)
+
+
+def test_memory_of_a_module_or_a_graph_can_run_out_too(fake: FakeCupy) -> None:
+    def full(name: str) -> None:
+        raise FakeError("cudaErrorMemoryAllocation: out of memory", status=2)
+
+    device = cupy_device.CupyDevice()
+    fake.compiling = full
+    fake.cuda.runtime.memGetInfo = fails("the device does not answer")
+    with pytest.raises(DeviceMemoryError, match=r"^out of memory on the device: more is needed$"):
+        device.launch(variant(1), 1, [])
+
+    class NVRTCError(RuntimeError):
+        status = 2  # NVRTC_ERROR_PROGRAM_CREATION_FAILURE
+
+    def not_created(name: str) -> None:
+        raise NVRTCError
+
+    fake.compiling = not_created
+    with pytest.raises(NVRTCError):
+        device.launch(variant(2), 1, [])
+    fake.compiling = fails("cudaErrorInvalidValue: another error")
+    with pytest.raises(FakeError, match="another error"):
+        device.launch(variant(2), 1, [])
 
 
 def test_the_sources_are_found() -> None:

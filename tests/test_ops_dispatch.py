@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastrnn
 from fastrnn import ops
 from fastrnn.backend import BackendUnavailableError, open_backend
 from fastrnn.backends.numpy_ import NumpyBackend
@@ -391,12 +392,27 @@ class FakeCupyBackend(NumpyBackend):
         return out or FakeCupyArray(host)
 
 
+class PoolError(MemoryError):
+    """What CuPy's pool raises for 5 MiB that it does not have."""
+
+    _size = 5 << 20
+
+
 @pytest.fixture
 def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupyBackend:
     module: Any = types.ModuleType("cupy")
     module.ndarray = FakeCupyArray
     module.from_dlpack = lambda a: FakeCupyArray(a.array if isinstance(a, Wrapped) else a.numpy())
-    module.cuda = types.SimpleNamespace(Device=FakeDevice, ExternalStream=FakeDevice)
+    module.cuda = types.SimpleNamespace(
+        Device=FakeDevice,
+        ExternalStream=FakeDevice,
+        memory=types.SimpleNamespace(OutOfMemoryError=PoolError),
+        runtime=types.SimpleNamespace(CUDARuntimeError=RuntimeError),
+        driver=types.SimpleNamespace(CUDADriverError=RuntimeError),
+        Stream=types.SimpleNamespace(
+            from_external=lambda stream: FakeDevice(*stream.__cuda_stream__())
+        ),
+    )
     backend = FakeCupyBackend()
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(
@@ -423,6 +439,27 @@ def test_cupy_arrays(fake_cupy: FakeCupyBackend, arrays: dict[str, Any]) -> None
         call("gather", arrays, FakeCupyArray)
 
 
+def test_a_gpu_whose_memory_runs_out_is_an_error_that_names_the_sizes(
+    fake_cupy: FakeCupyBackend, arrays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*args: Any, **options: Any) -> Any:
+        raise PoolError
+
+    (T, B), (V, H) = arrays["tokens"].shape, arrays["W_xh"].shape
+    sizes = f"T={T}, B={B}, H={H}, V={V} in float32 need 5.0 MiB more"
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeCupyBackend, "gather", exhausted)
+        with pytest.raises(fastrnn.DeviceMemoryError, match=sizes) as caught:
+            call("gather", arrays, FakeCupyArray)
+    assert caught.value.wanted == 5 << 20
+    assert isinstance(caught.value.__cause__, PoolError)
+    with monkeypatch.context() as patch:  # the copy of an input that is not in C order
+        patch.setattr(FakeCupyArray, "copy", exhausted)
+        with pytest.raises(fastrnn.DeviceMemoryError, match=r"5\.0 MiB more"):
+            call("gather", arrays, lambda a: FakeCupyArray(np.asfortranarray(a)))
+    assert isinstance(call("gather", arrays, FakeCupyArray)[0], FakeCupyArray)
+
+
 def test_cuda_arrays_through_dlpack(fake_cupy: FakeCupyBackend, arrays: dict[str, Any]) -> None:
     class OnGpu(Wrapped):
         def __dlpack_device__(self) -> tuple[int, int]:
@@ -434,9 +471,18 @@ def test_cuda_arrays_through_dlpack(fake_cupy: FakeCupyBackend, arrays: dict[str
     assert fake_cupy.calls == [("gather", [(1,)])]
 
 
+@pytest.mark.parametrize(
+    ("cupy", "stream"), [pytest.param(14, (0, 0xABC)), pytest.param(13, (0xABC, 1))]
+)
 def test_cuda_tensors_use_the_current_stream_of_torch(
-    fake_cupy: FakeCupyBackend, arrays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    cupy: int,
+    stream: tuple[int, int],
+    fake_cupy: FakeCupyBackend,
+    arrays: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if cupy == 13:  # which has no streams by protocol
+        del sys.modules["cupy"].cuda.Stream.from_external
     torch = pytest.importorskip("torch", reason="torch is not installed")
 
     class OnCuda(torch.Tensor):  # type: ignore[misc,name-defined]
@@ -452,7 +498,7 @@ def test_cuda_tensors_use_the_current_stream_of_torch(
     z = call("gather", arrays, lambda a: torch.from_numpy(a.copy()).as_subclass(OnCuda))[0]
     assert type(z) is torch.Tensor
     np.testing.assert_array_equal(z.numpy(), call("gather", arrays, np.array)[0])
-    assert fake_cupy.calls == [("gather", [(1,), (0xABC, 1)])]
+    assert fake_cupy.calls == [("gather", [(1,), stream])]
     assert set(streams) == {torch.device("cuda", 1)}
 
 

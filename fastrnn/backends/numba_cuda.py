@@ -24,13 +24,23 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn.backend import Array, Backend, BackendUnavailableError, HostArray, Workspace
+from fastrnn.backend import (
+    Array,
+    Backend,
+    BackendUnavailableError,
+    DeviceMemoryError,
+    HostArray,
+    Workspace,
+)
 from fastrnn.decoding import Decoding
 
 GRAPH_STEPS = 8
 """Steps in a captured graph; what is left over is replayed one by one."""
 PLANNED_STEPS = 4096
 """Steps whose offsets have room on the device from the start."""
+
+OUT_OF_MEMORY = 2
+"""The status of CUDA's driver for an allocation that does not fit."""
 
 INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
 LIBNVVM = "pip install 'numba-cuda[cu13]' (or cu12), or set CUDA_HOME to a toolkit"
@@ -193,7 +203,7 @@ class NumbaCudaBackend(Backend):
     # --- memory ---
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self._cuda.device_array(shape, dtype, stream=self.stream)
+        return self._allocate(shape, dtype, self.stream)
 
     def put(self, host: HostArray, out: Array | None = None) -> Array:
         if out is None:
@@ -303,7 +313,7 @@ class NumbaCudaBackend(Backend):
         key = (id(stream) if self.simulated else int(stream), name, np.dtype(dtype).str)
         array = self._scratch_arrays.get(key)
         if array is None or array.size < size:
-            array = self._cuda.device_array(size, dtype, stream=stream)
+            array = self._allocate(size, dtype, stream)
             self._scratch_arrays[key] = array
         return array if array.size == size else array[:size]
 
@@ -617,7 +627,20 @@ class NumbaCudaBackend(Backend):
         self._launch(stream, kernel, 1, _flat(loss), _flat(norm), totals, unread)
 
     def _result(self, stream: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self._cuda.device_array(shape, dtype, stream=stream)
+        return self._allocate(shape, dtype, stream)
+
+    def _allocate(self, shape: Any, dtype: Any, stream: Any) -> Array:
+        """An uninitialised array. numba gives back what it holds unused before it fails."""
+        try:
+            return self._cuda.device_array(shape, dtype, stream=stream)
+        except Exception as error:
+            if int(getattr(error, "code", 0)) != OUT_OF_MEMORY:
+                raise
+            free = total = None
+            with suppress(Exception):  # the first error is the one to report
+                free, total = map(int, self._cuda.current_context().get_memory_info())
+            wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            raise DeviceMemoryError(wanted, free, total) from error
 
     # --- the training step ---
 

@@ -1,8 +1,8 @@
 """A GPU through CuPy, as the :class:`~fastrnn.cuda.device.Device` that the launchers work on.
 
-Work goes to CuPy's current stream. Kernels are compiled by NVRTC when first launched and kept in
-CuPy's on-disk cache; a digest of ``kernels/`` is part of its key, because CuPy leaves included
-files out of it.
+Work goes to CuPy's current stream. Kernels are compiled by NVRTC when first launched, or in threads
+before (:meth:`CupyDevice.compile_ahead`), and kept in CuPy's on-disk cache; a digest of
+``kernels/`` is part of its key, because CuPy leaves included files out of it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrnn.backend import BackendUnavailableError
+from fastrnn.backend import BackendUnavailableError, DeviceMemoryError
 from fastrnn.cuda.device import KERNELS, Arch, Array, Device, Graph, Kernel
 
 INSTALL = "pip install 'fastrnn[cuda13x]' (or cuda12x, by the driver's CUDA version)"
+OUT_OF_MEMORY = 2
+"""The status of CUDA's runtime and driver for an allocation that does not fit."""
+
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 """Compute capabilities, times ten, that the launchers distinguish."""
 
@@ -106,6 +113,81 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+class MemoryErrors:
+    """A context that turns out-of-memory errors into :class:`DeviceMemoryError`.
+
+    CuPy's pool has given back what it held unused, and has tried again, before it raises.
+    """
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if error is None:
+            return
+        cuda = self._cupy.cuda
+        # CuPy's own error has the bytes wanted; CUDA's (of a module, a graph) has a status, and so
+        # has NVRTC's, whose numbers are others.
+        of_cuda = isinstance(error, (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError))
+        if not isinstance(error, cuda.memory.OutOfMemoryError) and not (
+            of_cuda and error.status == OUT_OF_MEMORY  # type: ignore[attr-defined]
+        ):
+            return
+        free = total = None
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            free, total = map(int, cuda.runtime.memGetInfo())
+        raise DeviceMemoryError(getattr(error, "_size", None), free, total) from error
+
+
+class _ForeignStream:
+    """A stream of another library, by the protocol that CuPy takes it by."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+def foreign_stream(cupy: Any, handle: int, device: int) -> Any:
+    """A CuPy stream for the ``cudaStream_t`` of another library, which keeps it alive.
+
+    Args:
+        device: the number of the stream's device; it must be current while the stream is used.
+    """
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_ForeignStream(handle))
+    return cupy.cuda.ExternalStream(handle, device)  # CuPy 13
+
+
+Module = tuple[str, tuple[tuple[str, int | str], ...]]
+"""What is compiled at once: a file of ``kernels/`` and its constants."""
+
+
+def module_name(module: Module) -> str:
+    """``recurrence.cu HIDDEN=256 STAGES=3``."""
+    file, defines = module
+    return " ".join([f"{file}.cu", *(f"{name}={value}" for name, value in defines)])
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A module that :meth:`CupyDevice.compile_ahead` compiled, or took from CuPy's disk cache.
+
+    Attributes:
+        module: its file and constants, see :func:`module_name`.
+        seconds: until its functions were loaded, other threads' work included.
+        error: why it could not be, None where it could.
+    """
+
+    module: str
+    seconds: float
+    error: str | None = None
+
+
 class CupyGraph(Graph):
     """An instantiated CUDA graph; launches go to the current stream."""
 
@@ -125,6 +207,7 @@ class CupyDevice(Device):
 
     def __init__(self) -> None:
         self._cupy = cupy = load_cupy()
+        self._memory = MemoryErrors(cupy)
         attributes = cupy.cuda.Device().attributes
         found = int(cupy.cuda.Device().compute_capability)
         self.arch = Arch(
@@ -139,26 +222,36 @@ class CupyDevice(Device):
             f"-I{KERNELS}",
             f"-DFASTRNN_SOURCES={source_digest()}",
         )
-        self._modules: dict[tuple[str, tuple[tuple[str, int | str], ...]], Any] = {}
+        self._modules: dict[Module, Any] = {}
         # By device as well: each has a function of its own, and limits set on it.
         self._functions: dict[tuple[int, Kernel], Any] = {}
         self._shared_limits: dict[Any, int] = {}
         self._clusters: dict[tuple[int, Kernel], int] = {}
-        self._lock = threading.Lock()
+        # A lock for each module: different ones are compiled at the same time.
+        self._locks: dict[Module, threading.Lock] = {}
         # Streams and events belong to the thread that submits: two threads may run ops at once.
         self._local = threading.local()
 
     # --- memory ---
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self._cupy.empty(shape, dtype)
+        try:
+            with self._memory:
+                return self._cupy.empty(shape, dtype)
+        except DeviceMemoryError as error:
+            if error.wanted is not None:
+                raise
+            # Without CuPy's pool it is CUDA that fails, and says no size.
+            wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            raise DeviceMemoryError(wanted, error.free, error.total) from error.__cause__
 
     def put(self, host: NDArray[Any], out: Array | None = None) -> Array:
         cupy = self._cupy
         source = np.ascontiguousarray(host)
         if out is None:
             # A copy from pageable memory has left the host array when the call returns.
-            return cupy.asarray(source).reshape(np.shape(host))
+            with self._memory:
+                return cupy.asarray(source).reshape(np.shape(host))
         out.set(source.reshape(out.shape).astype(out.dtype, copy=False))
         return out
 
@@ -191,24 +284,64 @@ class CupyDevice(Device):
         return self._functions.get((device, kernel)) or self._compile(device, kernel)
 
     def _compile(self, device: int, kernel: Kernel) -> Any:
-        with self._lock:
-            key = (kernel.file, kernel.defines)
-            if key not in self._modules:
+        module = kernel.file, kernel.defines
+        # dict.setdefault is atomic: all threads that ask for a module get one lock.
+        with self._locks.setdefault(module, threading.Lock()), self._memory:
+            if (device, kernel) in self._functions:
+                return self._functions[device, kernel]
+            # The driver's calls below need the device's context on this thread.
+            self._cupy.cuda.runtime.setDevice(device)
+            if module not in self._modules:
                 code = (KERNELS / f"{kernel.file}.cu").read_text(encoding="utf-8")
                 defines = tuple(f"-D{name}={value}" for name, value in kernel.defines)
-                self._modules[key] = self._cupy.RawModule(
+                self._modules[module] = self._cupy.RawModule(
                     code=code, options=(*self._options, *defines), backend="nvrtc"
                 )
-            function = self._modules[key].get_function(kernel.name)
+            function = self._modules[module].get_function(kernel.name)
             # The limit belongs to the function, which kernels of several sizes may share. With
             # its static shared memory it can need the opt-in below 48 KiB as well.
-            known = (device, key, kernel.name)
+            known = (device, module, kernel.name)
             limit = max(kernel.shared_bytes, self._shared_limits.get(known, 0))
             if limit:
                 function.max_dynamic_shared_size_bytes = limit
                 self._shared_limits[known] = limit
             self._functions[device, kernel] = function
             return function
+
+    def compile_ahead(
+        self, kernels: Iterable[Kernel], threads: int | None = None
+    ) -> list[Compiled]:
+        """Compile and load the modules of ``kernels`` that run on this device, in threads.
+
+        What was compiled lies in CuPy's on-disk cache for later processes as well. A module that
+        cannot be compiled does not stop the others.
+
+        Args:
+            kernels: say :func:`fastrnn.cuda.launchable`; those that do not run here are left out.
+            threads: at most so many modules at once; None: one for each processor.
+
+        Returns:
+            A row for each module, in the order in which ``kernels`` names them.
+        """
+        modules: dict[Module, list[Kernel]] = {}
+        for kernel in kernels:
+            if kernel.runs_on(self.arch.capability):
+                modules.setdefault((kernel.file, kernel.defines), []).append(kernel)
+        device = self._cupy.cuda.runtime.getDevice()
+
+        def compiled(module: Module) -> Compiled:
+            begin, error = time.perf_counter(), None
+            try:
+                # The current device is the thread's own.
+                with self._cupy.cuda.Device(device):
+                    for kernel in modules[module]:
+                        self._compile(device, kernel)
+            except Exception as failure:  # NVRTC's log, or what the driver says of the module
+                error = f"{type(failure).__name__}: {failure}"
+            return Compiled(module_name(module), time.perf_counter() - begin, error)
+
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            return list(pool.map(compiled, modules))
 
     def active_clusters(self, kernel: Kernel) -> int:
         key = (self._cupy.cuda.runtime.getDevice(), kernel)
@@ -220,6 +353,7 @@ class CupyDevice(Device):
         if self.arch.capability < 90 or not kernel.runs_on(self.arch.capability):
             return 0
         function = self._function(kernel)
+        self._cupy.cuda.runtime.setDevice(self._cupy.cuda.runtime.getDevice())  # makes its context
         try:
             driver = importlib.import_module("cuda.bindings.driver")
         except ImportError:
@@ -278,7 +412,8 @@ class CupyDevice(Device):
                 with contextlib.suppress(Exception):
                     stream.end_capture()  # leaves the stream usable; the graph is void
                 raise
-            graph = stream.end_capture()
+            with self._memory:
+                graph = stream.end_capture()
         return CupyGraph(self._cupy, graph)
 
     def _side_stream(self, name: str) -> Any:
