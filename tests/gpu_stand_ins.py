@@ -1,4 +1,4 @@
-"""What takes a GPU's place where a run on one is tried: the emulator and Numba's simulator."""
+"""What takes a GPU's place where a run on one is tried: the emulator, Numba's simulator, stubs."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def open_stand_in(name: str) -> Backend:
         _open.enter_context(repaired_simulator())
         return NumbaCudaBackend(TOY)
     raise ValueError(f"no stand-in for the backend {name!r}: expected cupy or numba-cuda")
+
+
+def open_cupy_on_stub(name: str) -> Backend:
+    """``cupy`` on real CuPy, whose CUDA is a stub: graphs, events and streams are CuPy's own.
+
+    Kernels run in the emulator; a time is what the stub says, a millisecond between two events.
+    """
+    from tests import stub_cuda
+
+    stub = stub_cuda.StubCuda()
+    stub_cuda.install(stub)
+    _open.enter_context(stub_cuda.occupancy(stub))
+    from fastrnn.backends.cupy_cuda import CupyBackend
+
+    return CupyBackend(stub_cuda.stubbed_device(stub)())

@@ -27,7 +27,9 @@ from fastrnn.backend import BACKENDS, Dims
 from fastrnn.bench import BenchResult, Contender, choose_contenders, provenance
 from fastrnn.bench import Row as BenchRow
 from tests.conftest import required_backends
+from tests.emulator.build import cache_directory
 from tests.emulator.require import require_emulator
+from tests.test_cupy_stub import needs_cupy
 
 BY_NAME = {part.name: part for part in PARTS}
 PLANTED = "tests.gpu_planted:open_planted"
@@ -204,6 +206,29 @@ def test_planted_faults_are_named_and_the_rest_goes_on(backend: str, tmp_path: P
     assert outcome["status"] == "failed"
     assert "gather odd (wrong)" in outcome["reason"]
     assert "gather, odd: wrong: z: error" in done.stdout
+
+
+@needs_cupy
+def test_graphs_events_and_plans_through_real_cupy(tmp_path: Path) -> None:
+    """What times a call on a device, with CuPy's own graphs, events and memory pool."""
+    require_emulator()
+    done = run(
+        "--emulate", "tests.gpu_stand_ins:open_cupy_on_stub", "--backend", "cupy", "--only",
+        "device", "ops", "step", "tuner", "--out", str(tmp_path),
+        CUPY_CACHE_DIR=str(cache_directory() / "cupy"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = stored(tmp_path)["parts"]
+    assert set(found) == {"device-cupy", "ops-cupy", "step-cupy", "tuner-cupy"}
+    rows = rows_of(tmp_path, "ops-cupy")
+    assert {row["status"] for row in rows.values()} == {"right"}
+    # Between two events lies a millisecond there: two calls fit into what is timed, or 32.
+    clip = rows.pop(("clip_by_global_norm", "headline"))
+    assert clip["seconds"] == pytest.approx(1e-3 / 32)
+    assert {row["seconds"] for row in rows.values()} == {0.5e-3}
+    assert found["device-cupy"]["result"]["copy_bytes_per_second"] > 0
+    sections = {row["section"] for row in found["tuner-cupy"]["result"]["plans"]["rows"]}
+    assert sections == {"residency", "gap", "recurrence", "step", "product"}
 
 
 # --- Crashes and hangs, without an emulator ------------------------------------------------------

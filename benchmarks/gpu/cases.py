@@ -28,8 +28,8 @@ class Case:
     """One row before it is run.
 
     Attributes:
-        kind: ``smoke`` (right or wrong), ``ops`` (and how fast), ``step`` (steps, epochs,
-            characters), ``torch`` (``fastrnn.torch`` and ``fastrnn.ops``).
+        kind: ``smoke`` (right or wrong), ``ops`` and ``large`` (and how fast), ``step`` (steps,
+            epochs, characters), ``torch`` (``fastrnn.torch`` and ``fastrnn.ops``).
         backend, op: by name. size: a name in these tables. dims: its sizes.
         toy: whether a stand-in runs it: few repetitions, no long runs.
     """
@@ -158,7 +158,7 @@ def ops(backend: str, toy: bool) -> list[Case]:
 def large(backend: str, toy: bool) -> list[Case]:
     """The ops that move memory, at sizes that fit no cache."""
     return [
-        Case("ops", backend, op, "large", TOY if toy else dims, toy) for op, dims in LARGE.items()
+        Case("large", backend, op, "large", TOY if toy else dims, toy) for op, dims in LARGE.items()
     ]
 
 

@@ -106,6 +106,7 @@ class Replay:
         else:
             self._open_numba(backend, record)
 
+    _pool: Any = None
     _stream: Any
     _launch: Callable[[], Any]
     _record: Callable[[int], Any]
@@ -115,7 +116,11 @@ class Replay:
 
     def _open_cupy(self, backend: Backend, record: Call) -> None:
         cupy = importlib.import_module("cupy")
-        graph = backend.device.capture(record)  # type: ignore[attr-defined]
+        # Blocks that the recorded work allocates are the graph's own: from the pool of all, they
+        # would be given away again while it is replayed.
+        self._pool = cupy.cuda.MemoryPool()
+        with cupy.cuda.using_allocator(self._pool.malloc):
+            graph = backend.device.capture(record)  # type: ignore[attr-defined]
         events = cupy.cuda.Event(), cupy.cuda.Event()
         self._stream = contextlib.nullcontext()
         self._launch = graph.launch
@@ -151,16 +156,6 @@ class Replay:
         return float(self._elapsed()) * 1e-3
 
 
-class _ForeignStream:
-    """A stream by its handle, as other libraries take it (the CUDA stream protocol)."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
-
-
 @functools.cache
 def _spin_kernel() -> Any:
     """None without CuPy: then the launch of a graph is timed with it."""
@@ -181,7 +176,7 @@ def _as_cupys(handle: int) -> Any:
     """A context in which another library's stream is CuPy's current one."""
     if _spin_kernel() is None:
         return contextlib.nullcontext()
-    cuda = importlib.import_module("cupy").cuda
-    if hasattr(cuda.Stream, "from_external"):
-        return cuda.Stream.from_external(_ForeignStream(handle))
-    return cuda.ExternalStream(handle)  # before CuPy 14
+    from fastrnn.cuda.cupy_device import foreign_stream
+
+    cupy = importlib.import_module("cupy")
+    return foreign_stream(cupy, handle, cupy.cuda.runtime.getDevice())

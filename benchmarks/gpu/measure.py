@@ -213,6 +213,7 @@ def torch(backend: Backend, case: Case) -> Found:
 KINDS: dict[str, Callable[[Backend, Case], Found]] = {
     "smoke": smoke,
     "ops": ops,
+    "large": ops,
     "step": step,
     "torch": torch,
 }

@@ -70,6 +70,9 @@ def verdict(result: dict[str, Any]) -> tuple[str, str]:
         failed = [row for row in result["plans"]["rows"] if "failed" in row]
         if failed:
             return "failed", f"{len(failed)} rows, {failed[0]['section']}: {failed[0]['failed']}"
+    refused = [module for module in result.get("modules", []) if module["error"]]
+    if refused:
+        return "failed", f"{len(refused)} refused, {refused[0]['module']}: {refused[0]['error']}"
     if "bench" not in result:
         return "ok", ""
     rows = bench_of(result).rows
@@ -236,7 +239,7 @@ def goals(record: Record) -> list[str]:
         return rows.get((kind, backend, op, size), {}).get("seconds")
 
     def share(op: str) -> float | None:
-        row = rows.get(("ops", "cupy", op, "large"), {})
+        row = rows.get(("large", "cupy", op, "large"), {})
         return 100 * row["bytes"] / row["seconds"] / copy if copy and "seconds" in row else None
 
     def micro(value: float | None) -> float | None:

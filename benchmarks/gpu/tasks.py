@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,9 @@ def compile_ahead(task: Task) -> Found:
     """Compile what the launchers can launch on this device, in threads, into CuPy's disk cache."""
     from fastrnn.cuda import launchable
 
-    backend = task.open(task.backend)
-    compiled = backend.device.compile_ahead(launchable())  # type: ignore[attr-defined]
-    return {"modules": compiled}
+    device = task.open(task.backend).device  # type: ignore[attr-defined]
+    compiled = device.compile_ahead(launchable(device.arch.capability))
+    return {"modules": [asdict(module) for module in compiled]}
 
 
 def peers(task: Task, workload: str) -> Found:
