@@ -148,6 +148,26 @@ def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -
             assert fmas(table[name].ptx) == 32 * 16
 
 
+@needs_compiler
+def test_kernels_compile_where_numpy_has_no_row_stack() -> None:
+    """NumPy 2.5 removed what numba-cuda 0.30 names; the name is lent, not given."""
+    code = """
+import numba.np.arrayobj  # it asks for NumPy's version, not for the name
+import numpy as np
+if vars(np).pop("row_stack", None):
+    np.__all__.remove("row_stack")
+from fastrnn.backends import numba_cuda_kernels as kernels
+from tests.numba_cuda_gate import compile_kernel
+kernel = kernels.copy_kernel(np.dtype("float32"), kernels.Geometry())
+assert compile_kernel(kernel, 90).registers > 0
+assert not hasattr(np, "row_stack")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def wrong(name: str) -> Any:
     """A kernel that the gate must reject."""
     module, cuda = kernels(), importlib.import_module("numba").cuda

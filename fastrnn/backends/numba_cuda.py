@@ -59,7 +59,22 @@ def maintained_cuda() -> Any:
             "backend 'numba-cuda' needs the maintained numba-cuda package, but numba's built-in "
             f"module answers ({cuda.__file__}); {INSTALL}"
         )
+    if not hasattr(np, "row_stack") and hasattr(cuda, "__path__"):
+        _import_without_row_stack()
     return cuda
+
+
+def _import_without_row_stack() -> None:
+    """Import the part of numba-cuda that names ``np.row_stack``, which NumPy 2.5 removed.
+
+    Left to itself it is imported by the first compilation. It is given the name for that long only:
+    nobody else's NumPy changes.
+    """
+    vars(np)["row_stack"] = np.vstack
+    try:
+        importlib.import_module("numba.cuda.np.arrayobj")
+    finally:
+        del vars(np)["row_stack"]
 
 
 def load_cuda() -> Any:
