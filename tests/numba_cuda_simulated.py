@@ -399,10 +399,10 @@ def test_sums_over_many_rows_stay_exact() -> None:
     dz = inputs.array(N, 1, H)
     order = inputs.rng.permutation(N).astype(np.int32)
     bounds = np.array([0, N - 100, N - 7, N], np.int32)
-    on_device = [backend.put(a) for a in (dz, order, bounds)]
+    rows_of, order_of, bounds_of = (backend.put(a) for a in (dz, order, bounds))
     dW, db = backend.empty((V, H), np.float32), backend.empty((H,), np.float32)
-    backend._sum_by_token(backend.stream, *on_device, dW)
-    backend._column_sum(backend.stream, on_device[0], db)
+    backend._sum_by_token(backend.stream, rows_of, order_of, bounds_of, dW)
+    backend._column_sum(backend.stream, rows_of, db)
     rows = up(dz).reshape(N, H)
     want = [rows[order[first:end]].sum(axis=0) for first, end in itertools.pairwise(bounds)]
     for got, expected in ((dW, np.stack(want)), (db, rows.sum(axis=0))):
