@@ -622,15 +622,7 @@ def mirror(source: Path, target: Path) -> None:
             (target / entry.name).symlink_to(entry)
 
 
-def open_on_stub(python: Path, path: Path, hidden: Path, **variables: str) -> Any:
-    """Open the backend on the stub driver, with ``path`` as PATH; compile a kernel; say where from.
-
-    The loader finds a libNVVM of the system, if there is one, only after that in ``hidden``, which
-    is none, and then stops.
-    """
-    for name in ("libnvvm.so.4", "libnvvm.so", "libcudart.so.13", "libcudart.so.12"):
-        (hidden / name).write_text("no library")
-    code = """
+OPEN_AND_COMPILE = """
 import os
 from fastrnn.backend import open_backend
 import numpy as np
@@ -640,10 +632,22 @@ backend.put(ones, out=backend.empty((3,), np.float32))
 from cuda import pathfinder
 print(pathfinder.load_nvidia_dynamic_lib("nvvm").abs_path, os.environ.get("CUDA_HOME"))
 """
+
+
+def open_on_stub(
+    python: Path, path: Path, hidden: Path, code: str = OPEN_AND_COMPILE, **variables: str
+) -> Any:
+    """Run ``code`` on the stub driver, with ``path`` as PATH.
+
+    A libNVVM or runtime of the system is not seen: the loader comes to a file in ``hidden`` first,
+    which is no library.
+    """
+    for name in ("libnvvm.so.4", "libnvvm.so", "libcudart.so.13", "libcudart.so.12"):
+        (hidden / name).write_text("no library")
     env = stub_driver.environment()
     for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PYTHONPATH"):
         env.pop(name, None)
-    env |= {"LD_LIBRARY_PATH": os.pathsep.join([env["LD_LIBRARY_PATH"], str(hidden)])}
+    env["LD_LIBRARY_PATH"] += os.pathsep + str(hidden)
     env |= {"PATH": str(path), "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run(
         [str(python), "-c", code], env=env, capture_output=True, text=True, check=False
@@ -689,6 +693,24 @@ def test_a_toolkit_that_is_named_is_not_replaced(bare_python: Path, tmp_path: Pa
     done = open_on_stub(bare_python, home / "bin", hidden, CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     assert re.search(r"BackendUnavailableError: .*libnvvm.*or set CUDA_HOME", done.stderr)
+
+
+@needs_stub_driver
+def test_a_missing_libdevice_is_named(bare_python: Path, tmp_path: Path) -> None:
+    home, hidden = toolkit(tmp_path / "cuda"), tmp_path / "hidden"
+    hidden.mkdir()
+    (home / "nvvm" / "lib64" / "libnvvm.so.4").symlink_to(packaged_libnvvm())
+    code = """
+from pathlib import Path
+import numba.cuda.cuda_paths
+numba.cuda.cuda_paths.get_system_ctk = lambda *names: None  # of this machine, if there is one
+numba.cuda.cuda_paths.get_cuda_home = lambda *names: None  # one whose file is not there
+from fastrnn.backend import open_backend
+open_backend("numba-cuda")
+"""
+    done = open_on_stub(bare_python, home / "bin", hidden, code)
+    assert done.returncode != 0
+    assert re.search(r"BackendUnavailableError: .*does not find libdevice.10.bc", done.stderr)
 
 
 @needs_stub_driver

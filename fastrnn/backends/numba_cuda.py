@@ -95,14 +95,14 @@ def load_cuda() -> Any:
     cuda = maintained_cuda()
     if cuda.config.ENABLE_CUDASIM:
         return cuda
-    with _opening(), _cuda_home():
-        available, reason = cuda.is_available(), cuda.cuda_error()
-        if available and cuda.cuda_paths.get_cuda_paths()["libdevice"].info is None:
-            raise BackendUnavailableError(
-                f"backend 'numba-cuda' does not find libdevice.10.bc; {LIBNVVM}"
-            )
-        if available:
-            _link_an_empty_kernel()
+    available = False
+    with _opening():
+        if not cuda.cuda_error():  # there is a driver library
+            with _cuda_home():
+                available = cuda.is_available()
+                if available:
+                    _check_compiler(cuda)
+        reason = cuda.cuda_error()
     if not available and not reason:  # the driver works
         raise BackendUnavailableError(f"backend 'numba-cuda' does not find libNVVM; {LIBNVVM}")
     if not available:
@@ -162,6 +162,19 @@ define void @empty() {{ ret void }}
 !1 = !{{i32 {}, i32 {}, i32 {}, i32 {}}}
 """
 """To be completed by the version of libNVVM's representation: four numbers."""
+
+
+def _check_compiler(cuda: Any) -> None:
+    """See that what compiles and links is there and fits; where from is settled for good.
+
+    Raises:
+        BackendUnavailableError: libdevice is missing, or libNVVM and nvJitLink do not fit.
+    """
+    if cuda.cuda_paths.get_cuda_paths()["libdevice"].info is None:
+        raise BackendUnavailableError(
+            f"backend 'numba-cuda' does not find libdevice.10.bc; {LIBNVVM}"
+        )
+    _link_an_empty_kernel()
 
 
 def _link_an_empty_kernel() -> None:
