@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import sys
 import time
@@ -48,7 +49,7 @@ from tests.test_ops import (
     up,
 )
 from tests.test_step import check_steps, setting
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, relative_rms
 
 __all__ = [
     "run",
@@ -380,6 +381,26 @@ def test_evaluate_is_the_loss(backend: NumbaCudaBackend) -> None:
         losses.append(reference.cross_entropy(logits, tokens[index + 1]))
         h = hs[-1]
     assert backend.evaluate(ws, starts, carry=True) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_sums_over_many_rows_stay_exact() -> None:
+    """65,536 rows in the eight groups of a real block, all but a hundred of one token."""
+    N, H, V = 65_536, 4, 3
+    real = replace(TOY, threads=8 * TOY.columns)
+    assert real.threads // real.columns == kernels.Geometry().threads // kernels.Geometry().columns
+    backend, inputs = NumbaCudaBackend(real), Inputs(N, 1, H, V, np.float32)
+    dz = inputs.array(N, 1, H)
+    order = inputs.rng.permutation(N).astype(np.int32)
+    bounds = np.array([0, N - 100, N - 7, N], np.int32)
+    rows_of, order_of, bounds_of = (backend.put(a) for a in (dz, order, bounds))
+    dW, db = backend.empty((V, H), np.float32), backend.empty((H,), np.float32)
+    backend._sum_by_token(backend.stream, rows_of, order_of, bounds_of, dW)
+    backend._column_sum(backend.stream, rows_of, db)
+    rows = up(dz).reshape(N, H)
+    want = [rows[order[first:end]].sum(axis=0) for first, end in itertools.pairwise(bounds)]
+    for got, expected in ((dW, np.stack(want)), (db, rows.sum(axis=0))):
+        assert_close("gather_backward", backend.get(got), expected)
+        assert relative_rms(backend.get(got), expected) < 2e-7
 
 
 def test_the_blocks_meant_for_real_devices() -> None:

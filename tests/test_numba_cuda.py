@@ -9,8 +9,10 @@ import importlib
 import importlib.util
 import os
 import re
+import site
 import subprocess
 import sys
+import venv
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,8 @@ import numpy as np
 import pytest
 
 from fastrnn.backend import BackendUnavailableError
-from fastrnn.backends.numba_cuda import Graph, NumbaCudaBackend, load_cuda
+from fastrnn.backends.numba_cuda import Graph, NumbaCudaBackend, load_cuda, nvcc_toolkit
+from tests import stub_driver
 from tests.numba_cuda_gate import Compiled, compile_kernel
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +41,12 @@ needs_package = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(
     not INSTALLED or SIMULATED,
     reason="needs numba-cuda with its compiler and linker: pip install 'numba-cuda[cu13]'",
+)
+
+needs_stub_driver = pytest.mark.skipif(
+    not os.environ.get("FASTRNN_REQUIRE_GATE")
+    and (not INSTALLED or SIMULATED or stub_driver.unavailable() is not None),
+    reason="needs numba-cuda with its compiler and linker, and gcc: pip install 'numba-cuda[cu13]'",
 )
 
 ARCHITECTURES = [
@@ -139,6 +148,9 @@ def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -
             assert 4 * 54 < table[name].registers <= 255
             assert not together or vector_loads(table[name].ptx) == 64 // 4 + 10
             assert fmas(table[name].ptx) >= 256
+        # What an addition lost is not optimised away.
+        for name in ("column_sum", "gather_backward"):
+            assert len(re.findall(r"sub\S*\.f32", table[name].ptx)) >= 3
         # Its loop compares 32-bit integers; what is left concerns loop bounds.
         assert len(re.findall(r"setp\.\w+\.[su]64", table["rank"].ptx)) < 10
         for name in ("gemm_nn", "gemm_nt", "gemm_tn"):
@@ -146,6 +158,26 @@ def test_every_kernel_compiles_and_links_without_spills(arch: int, dtype: str) -
             assert table[name].registers <= 128  # room for four blocks
             assert not together or vector_loads(table[name].ptx) == 3 * 16
             assert fmas(table[name].ptx) == 32 * 16
+
+
+@needs_compiler
+def test_kernels_compile_where_numpy_has_no_row_stack() -> None:
+    """NumPy 2.5 removed what numba-cuda 0.30 names; the name is lent, not given."""
+    code = """
+import numba.np.arrayobj  # it asks for NumPy's version, not for the name
+import numpy as np
+if vars(np).pop("row_stack", None):
+    np.__all__.remove("row_stack")
+from fastrnn.backends import numba_cuda_kernels as kernels
+from tests.numba_cuda_gate import compile_kernel
+kernel = kernels.copy_kernel(np.dtype("float32"), kernels.Geometry())
+assert compile_kernel(kernel, 90).registers > 0
+assert not hasattr(np, "row_stack")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def wrong(name: str) -> Any:
@@ -221,7 +253,13 @@ def test_more_of_W_in_registers_would_spill() -> None:
 def pretended_cuda(file: str | None, available: bool, reason: str = "") -> ModuleType:
     module = ModuleType("numba.cuda")
     module.__file__ = file
-    module.__dict__.update(is_available=lambda: available, cuda_error=lambda: reason)
+    paths = {"libdevice": SimpleNamespace(info="/libdevice.10.bc")}
+    module.__dict__.update(
+        is_available=lambda: available,
+        cuda_error=lambda: reason,
+        config=SimpleNamespace(ENABLE_CUDASIM=0),
+        cuda_paths=SimpleNamespace(get_cuda_paths=lambda: paths),
+    )
     return module
 
 
@@ -517,3 +555,207 @@ def test_the_driver_takes_every_call_of_a_graph() -> None:
         except RuntimeError:
             continue  # no driver library on this machine
         assert int(status) != 0, f"{function.__name__} took a handle that is none"
+
+
+# --- libNVVM in a toolkit --------------------------------------------------------------------
+
+
+def executable(path: Path, text: str = "#!/bin/sh\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def toolkit(path: Path) -> Path:
+    """A folder as a CUDA toolkit's, with an ``nvcc`` that does nothing."""
+    executable(path / "bin" / "nvcc")
+    (path / "nvvm" / "libdevice").mkdir(parents=True)
+    (path / "nvvm" / "lib64").mkdir()
+    return path
+
+
+def test_a_toolkit_is_found_around_its_nvcc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Directly, through a link, through a script that calls it, and not at all."""
+    home = toolkit(tmp_path / "cuda-99.1")
+    folders = {name: tmp_path / name for name in ("link", "script", "other", "empty")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["link"] / "nvcc").symlink_to(home / "bin" / "nvcc")
+    say = f"#!/bin/sh\necho '#$ _HERE_=/x' >&2\necho '#$ TOP={home}/bin/..' >&2\n"
+    executable(folders["script"] / "nvcc", say)
+    executable(folders["other"] / "nvcc", "#!/bin/sh\necho no such option >&2; exit 1\n")
+    for path, expected in (
+        (home / "bin", home),
+        (folders["link"], home),
+        (folders["script"], home),
+        (folders["other"], None),
+        (folders["empty"], None),
+    ):
+        monkeypatch.setenv("PATH", str(path))
+        assert nvcc_toolkit() == expected, path
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment as this one, in which no package holds libNVVM."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True, with_pip=False)
+    inside = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    target = folder / "lib" / inside / "site-packages"
+    for packages in map(Path, site.getsitepackages()):
+        mirror(packages, target)
+    return folder / "bin" / "python"
+
+
+def mirror(source: Path, target: Path) -> None:
+    """Links to all that is in ``source``, but for libNVVM, libdevice and their package's record."""
+    target.mkdir(exist_ok=True)
+    for entry in source.iterdir():
+        if re.match(r"libnvvm|nvvm$|nvidia_nvvm-|nvidia_cuda_nvcc", entry.name):
+            continue
+        if entry.name in ("nvidia", "cu13", "lib", "cuda_nvcc") and entry.is_dir():
+            mirror(entry, target / entry.name)
+        elif not (target / entry.name).exists():
+            (target / entry.name).symlink_to(entry)
+
+
+OPEN_AND_COMPILE = """
+import os
+from fastrnn.backend import open_backend
+import numpy as np
+backend = open_backend("numba-cuda")
+ones = backend.put(np.ones(3, np.float32))
+backend.put(ones, out=backend.empty((3,), np.float32))
+from cuda import pathfinder
+print(pathfinder.load_nvidia_dynamic_lib("nvvm").abs_path, os.environ.get("CUDA_HOME"))
+"""
+
+
+def open_on_stub(
+    python: Path, path: Path, hidden: Path, code: str = OPEN_AND_COMPILE, **variables: str
+) -> Any:
+    """Run ``code`` on the stub driver, with ``path`` as PATH.
+
+    A libNVVM or runtime of the system is not seen: the loader comes to a file in ``hidden`` first,
+    which is no library.
+    """
+    for name in ("libnvvm.so.4", "libnvvm.so", "libcudart.so.13", "libcudart.so.12"):
+        (hidden / name).write_text("no library")
+    env = stub_driver.environment()
+    for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PYTHONPATH"):
+        env.pop(name, None)
+    env["LD_LIBRARY_PATH"] += os.pathsep + str(hidden)
+    env |= {"PATH": str(path), "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(
+        [str(python), "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+
+
+def packaged_libnvvm() -> Path:
+    """The libNVVM that this environment has in a package."""
+    (found,) = (
+        path
+        for packages in map(Path, site.getsitepackages())
+        for path in (packages / "nvidia").rglob("libnvvm.so.4")
+    )
+    return found
+
+
+def packaged_libdevice() -> Path:
+    (found,) = (
+        path
+        for packages in map(Path, site.getsitepackages())
+        for path in (packages / "nvidia").rglob("libdevice.10.bc")
+    )
+    return found
+
+
+@needs_stub_driver
+def test_libnvvm_of_the_toolkit_on_path_is_used(bare_python: Path, tmp_path: Path) -> None:
+    home, hidden = toolkit(tmp_path / "cuda"), tmp_path / "hidden"
+    hidden.mkdir()
+    (home / "nvvm" / "lib64" / "libnvvm.so.4").symlink_to(packaged_libnvvm())
+    (home / "nvvm" / "libdevice" / "libdevice.10.bc").symlink_to(packaged_libdevice())
+    done = open_on_stub(bare_python, home / "bin", hidden)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # The environment is left as it was.
+    assert done.stdout.split() == [str(home / "nvvm" / "lib64" / "libnvvm.so.4"), "None"]
+
+
+@needs_stub_driver
+def test_a_toolkit_that_is_named_is_not_replaced(bare_python: Path, tmp_path: Path) -> None:
+    home, hidden = toolkit(tmp_path / "cuda"), tmp_path / "hidden"
+    hidden.mkdir()
+    (home / "nvvm" / "lib64" / "libnvvm.so.4").symlink_to(packaged_libnvvm())
+    done = open_on_stub(bare_python, home / "bin", hidden, CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert re.search(r"BackendUnavailableError: .*libnvvm.*or set CUDA_HOME", done.stderr)
+
+
+@needs_stub_driver
+def test_a_missing_libdevice_is_named(bare_python: Path, tmp_path: Path) -> None:
+    home, hidden = toolkit(tmp_path / "cuda"), tmp_path / "hidden"
+    hidden.mkdir()
+    (home / "nvvm" / "lib64" / "libnvvm.so.4").symlink_to(packaged_libnvvm())
+    code = """
+from pathlib import Path
+import numba.cuda.cuda_paths
+numba.cuda.cuda_paths.get_system_ctk = lambda *names: None  # of this machine, if there is one
+numba.cuda.cuda_paths.get_cuda_home = lambda *names: None  # one whose file is not there
+from fastrnn.backend import open_backend
+open_backend("numba-cuda")
+"""
+    done = open_on_stub(bare_python, home / "bin", hidden, code)
+    assert done.returncode != 0
+    assert re.search(r"BackendUnavailableError: .*does not find libdevice.10.bc", done.stderr)
+
+
+@needs_stub_driver
+def test_no_libnvvm_anywhere_is_named(bare_python: Path, tmp_path: Path) -> None:
+    done = open_on_stub(bare_python, tmp_path / "nothing", tmp_path)
+    assert done.returncode != 0
+    assert re.search(r"BackendUnavailableError: .*libnvvm.*or set CUDA_HOME", done.stderr)
+
+
+LIBNVVM_TO_COME = """
+#include <stddef.h>
+#include <string.h>
+static const char ptx[] = "// release 99.8, V99.8.1\\n.version 99.9\\n.target sm_80\\n"
+    ".address_size 64\\n.visible .entry empty() { ret; }\\n";
+int nvvmVersion(int *a, int *b) { *a = 2; *b = 0; return 0; }
+int nvvmIRVersion(int *a, int *b, int *c, int *d) { *a = 2; *b = 0; *c = 3; *d = 2; return 0; }
+int nvvmCreateProgram(void **program) { *program = (void *)ptx; return 0; }
+int nvvmDestroyProgram(void **program) { *program = NULL; return 0; }
+int nvvmAddModuleToProgram(void *p, const char *b, size_t n, const char *s) { return 0; }
+int nvvmLazyAddModuleToProgram(void *p, const char *b, size_t n, const char *s) { return 0; }
+int nvvmVerifyProgram(void *p, int n, const char **options) { return 0; }
+int nvvmCompileProgram(void *p, int n, const char **options) { return 0; }
+int nvvmGetCompiledResultSize(void *p, size_t *size) { *size = sizeof ptx; return 0; }
+int nvvmGetCompiledResult(void *p, char *out) { memcpy(out, ptx, sizeof ptx); return 0; }
+int nvvmGetProgramLogSize(void *p, size_t *size) { *size = 1; return 0; }
+int nvvmGetProgramLog(void *p, char *out) { *out = 0; return 0; }
+const char *nvvmGetErrorString(int status) { return "none"; }
+"""
+
+
+@needs_stub_driver
+def test_a_libnvvm_too_new_for_nvjitlink_is_named(bare_python: Path, tmp_path: Path) -> None:
+    """With both releases and where they are from: PTX 99.9 stands for one to come."""
+    home, hidden = toolkit(tmp_path / "cuda"), tmp_path / "hidden"
+    hidden.mkdir()
+    source, library = tmp_path / "nvvm.c", home / "nvvm" / "lib64" / "libnvvm.so.4"
+    source.write_text(LIBNVVM_TO_COME)
+    build = [stub_driver.compiler(), "-shared", "-fPIC", "-o", str(library), str(source)]
+    subprocess.run(build, check=True)
+    (home / "nvvm" / "libdevice" / "libdevice.10.bc").symlink_to(packaged_libdevice())
+    done = open_on_stub(bare_python, home / "bin", hidden)
+    assert done.returncode != 0
+    message = done.stderr.splitlines()[-1]
+    assert re.search(
+        rf"BackendUnavailableError: .*libNVVM 99\.8 \({library}\) writes PTX 99\.9, which "
+        r"nvJitLink \d+\.\d+ \(/.*libnvJitLink.so.*\) does not link: .*pip install",
+        message,
+    ), message

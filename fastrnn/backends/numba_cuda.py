@@ -15,11 +15,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import re
+import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,19 +74,45 @@ def maintained_cuda() -> Any:
             "backend 'numba-cuda' needs the maintained numba-cuda package, but numba's built-in "
             f"module answers ({cuda.__file__}); {INSTALL}"
         )
+    if not hasattr(np, "row_stack") and hasattr(cuda, "__path__"):
+        _import_without_row_stack()
     return cuda
+
+
+def _import_without_row_stack() -> None:
+    """Import the part of numba-cuda that names ``np.row_stack``, which NumPy 2.5 removed.
+
+    Left to itself it is imported by the first compilation. It is given the name for that long only:
+    nobody else's NumPy changes.
+    """
+    vars(np)["row_stack"] = np.vstack
+    try:
+        importlib.import_module("numba.cuda.np.arrayobj")
+    finally:
+        del vars(np)["row_stack"]
 
 
 def load_cuda() -> Any:
     """:func:`maintained_cuda` with a device or the simulator.
 
+    Where neither ``CUDA_HOME`` nor ``CUDA_PATH`` is set, libraries that are in no package are
+    looked for in the toolkit of the ``nvcc`` on ``PATH``.
+
     Raises:
-        BackendUnavailableError: there is no such package or no device works; the message says
-            which.
+        BackendUnavailableError: there is no such package, no device works, libNVVM or libdevice is
+            missing, or libNVVM and nvJitLink do not fit; the message says which.
     """
     cuda = maintained_cuda()
+    if cuda.config.ENABLE_CUDASIM:
+        return cuda
+    available = False
     with _opening():
-        available, reason = cuda.is_available(), cuda.cuda_error()
+        if not cuda.cuda_error():  # there is a driver library
+            with _cuda_home():
+                available = cuda.is_available()
+                if available:
+                    _check_compiler(cuda)
+        reason = cuda.cuda_error()
     if not available and not reason:  # the driver works
         raise BackendUnavailableError(f"backend 'numba-cuda' does not find libNVVM; {LIBNVVM}")
     if not available:
@@ -92,15 +123,128 @@ def load_cuda() -> Any:
 
 
 @contextmanager
+def _cuda_home() -> Iterator[None]:
+    """``CUDA_HOME`` for as long as libraries are looked for: the toolkit of ``nvcc``.
+
+    Packages and the system's loader come first; a variable that is set is left alone.
+    """
+    toolkit = None
+    if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
+        toolkit = nvcc_toolkit()
+    if toolkit is None:
+        yield
+        return
+    # The finder of libraries remembers what it read from the environment first.
+    with suppress(ImportError, AttributeError):
+        importlib.import_module("cuda.pathfinder").get_cuda_path_or_home.cache_clear()
+    os.environ["CUDA_HOME"] = str(toolkit)
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_HOME"]
+
+
+def nvcc_toolkit() -> Path | None:
+    """The folder of the CUDA toolkit whose ``nvcc`` is on ``PATH``: it holds ``nvvm/libdevice``.
+
+    None where there is no ``nvcc`` or no such folder around it.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    roots = [Path(nvcc).resolve().parent.parent]
+    if not (roots[0] / "nvvm" / "libdevice").is_dir():  # a script that calls it: ask for its TOP
+        with suppress(OSError, subprocess.TimeoutExpired):
+            command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+            said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+            roots += [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", said.stderr, re.MULTILINE)]
+    return next((r.resolve() for r in roots if (r / "nvvm" / "libdevice").is_dir()), None)
+
+
+EMPTY_KERNEL = """
+target triple = "nvptx64-nvidia-cuda"
+target datalayout = "e-p:64:64:64-i1:8:8-i8:8:8-i16:16:16-i32:32:32-i64:64:64-i128:128:128-\
+f32:32:32-f64:64:64-v16:16:16-v32:32:32-v64:64:64-v128:128:128-n16:32:64"
+define void @empty() {{ ret void }}
+!nvvm.annotations = !{{!0}}
+!nvvmir.version = !{{!1}}
+!0 = !{{void ()* @empty, !"kernel", i32 1}}
+!1 = !{{i32 {}, i32 {}, i32 {}, i32 {}}}
+"""
+"""To be completed by the version of libNVVM's representation: four numbers."""
+
+
+def _check_compiler(cuda: Any) -> None:
+    """See that what compiles and links is there and fits; where from is settled for good.
+
+    Raises:
+        BackendUnavailableError: libdevice is missing, or libNVVM and nvJitLink do not fit.
+    """
+    if cuda.cuda_paths.get_cuda_paths()["libdevice"].info is None:
+        raise BackendUnavailableError(
+            f"backend 'numba-cuda' does not find libdevice.10.bc; {LIBNVVM}"
+        )
+    _link_an_empty_kernel()
+
+
+def _link_an_empty_kernel() -> None:
+    """See that nvJitLink reads what libNVVM writes: of two CUDA releases, only an older libNVVM.
+
+    Raises:
+        BackendUnavailableError: it does not; the message names both, with their releases.
+    """
+    try:
+        nvvm = importlib.import_module("cuda.bindings.nvvm")
+        linker = importlib.import_module("cuda.bindings.nvjitlink")
+        load = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib
+        linked_by = load("nvJitLink").abs_path
+    except (ImportError, RuntimeError):
+        return  # the driver links
+    code = EMPTY_KERNEL.format(*nvvm.ir_version()).encode()
+    program = nvvm.create_program()
+    try:
+        nvvm.add_module_to_program(program, code, len(code), "empty")
+        nvvm.compile_program(program, 1, ["-arch=compute_80"])  # which all releases know
+        ptx = bytearray(nvvm.get_compiled_result_size(program))
+        nvvm.get_compiled_result(program, ptx)
+    finally:
+        nvvm.destroy_program(program)
+    code = bytes(ptx).rstrip(b"\0")
+    handle = linker.create(1, ["-arch=sm_80"])
+    try:
+        linker.add_data(handle, linker.InputType.PTX, code, len(code), "empty")
+        linker.complete(handle)
+    except linker.nvJitLinkError as error:
+        written = f"libNVVM {_first(rb'release ([0-9.]+)', code)} ({load('nvvm').abs_path})"
+        release = ".".join(str(part) for part in linker.version())
+        raise BackendUnavailableError(
+            f"backend 'numba-cuda': {written} writes PTX "
+            f"{_first(rb'^.version (.+)', code)}, which nvJitLink {release} ({linked_by}) does not "
+            f"link: {_line(error)}; both must be of one CUDA release: "
+            "pip install 'numba-cuda[cu13]' (or cu12) brings such a pair"
+        ) from error
+    finally:
+        linker.destroy(handle)
+
+
+@contextmanager
 def _opening() -> Iterator[None]:
     """Turn what numba raises while a device opens into :class:`BackendUnavailableError`."""
     try:
         yield
+    except BackendUnavailableError:
+        raise
     except Exception as error:  # an ImportError, RuntimeError or CudaAPIError, by what fails
         raise BackendUnavailableError(
             f"backend 'numba-cuda': no device opens: {type(error).__name__}: {_line(error)}; "
             f"where libNVVM is missing: {LIBNVVM}"
         ) from error
+
+
+def _first(pattern: bytes, text: bytes) -> str:
+    """The first group of the first match."""
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1].decode() if found else "?"
 
 
 def _line(message: Any) -> str:

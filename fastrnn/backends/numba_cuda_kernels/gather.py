@@ -104,6 +104,8 @@ def gather_backward_kernel(dtype: Any, geometry: Geometry) -> Kernel:
 
     A block owns one ``v`` and ``columns`` columns; its rows of threads share the occurrences, and
     the first row of threads adds up what they found. Writes zeros where ``v`` does not occur.
+    A thread sums with what each addition lost (Kahan): in 65,536 occurrences it has 8,192, whose
+    plain sum is off by more than 1e-6. Three subtractions beside a load, no blocks or bytes more.
     """
     COLUMNS, ROWS = geometry.columns, geometry.threads // geometry.columns
     SIZE, zero, real = geometry.threads, np.dtype(dtype).type(0), real_of(dtype)
@@ -114,10 +116,13 @@ def gather_backward_kernel(dtype: Any, geometry: Geometry) -> Kernel:
         column, row = tid % COLUMNS, tid // COLUMNS
         v = cuda.blockIdx.x
         j = cuda.blockIdx.y * COLUMNS + column
-        total = zero
+        total, lost = zero, zero
         if j < H:
             for i in range(bounds[v] + row, bounds[v + 1], ROWS):
-                total += dz[order[i] * H + j]
+                term = dz[order[i] * H + j] - lost
+                longer = total + term
+                lost = (longer - total) - term
+                total = longer
         sums[tid] = total
         cuda.syncthreads()
         if row == 0 and j < H:
@@ -132,7 +137,12 @@ def gather_backward_kernel(dtype: Any, geometry: Geometry) -> Kernel:
 @functools.cache
 def column_sum_kernel(dtype: Any, geometry: Geometry) -> Kernel:
     """``out[j] = Σ_n x[n, j]``: the bias gradients. A block owns ``columns`` columns, and a thread
-    has sixteen rows on their way at once: few blocks, so latency is what it takes."""
+    has sixteen rows on their way at once: few blocks, so latency is what it takes.
+
+    A thread adds a sum of sixteen to its total together with what the last addition lost (Kahan):
+    the error does not grow with the rows, of which it has 8,192 at T·B = 65,536. Three additions
+    more for sixteen, no blocks or bytes.
+    """
     COLUMNS, ROWS = geometry.columns, geometry.threads // geometry.columns
     SIZE, zero, real = geometry.threads, np.dtype(dtype).type(0), real_of(dtype)
 
@@ -143,14 +153,18 @@ def column_sum_kernel(dtype: Any, geometry: Geometry) -> Kernel:
         column, row = tid % COLUMNS, tid // COLUMNS
         width = out.shape[0]
         j = cuda.blockIdx.x * COLUMNS + column
-        total = zero
+        total, lost = zero, zero
         if j < width:
             at, step = row * width + j, ROWS * width
             while at + (UNROLL - 1) * step < x.shape[0]:
                 for u in range(UNROLL):
                     ahead[u] = x[at + u * step]
+                term = -lost
                 for u in range(UNROLL):
-                    total += ahead[u]
+                    term += ahead[u]
+                longer = total + term
+                lost = (longer - total) - term
+                total = longer
                 at += UNROLL * step
             for i in range(at, x.shape[0], step):
                 total += x[i]
