@@ -24,6 +24,7 @@ from cuda.core._utils.cuda_utils import CUDAError
 from numba import cuda
 from numba.cuda.cudadrv.driver import CudaAPIError
 
+from benchmarks.gpu import clock
 from benchmarks.op_cases import OPS
 from fastrnn.backend import Backend, Dims, Workspace
 from fastrnn.backends import numba_cuda_kernels as kernels
@@ -141,6 +142,13 @@ def test_an_op_alone_and_captured(op: str, dims: Dims, backend: NumbaCudaBackend
     assert report.captures == report.graph_launches == 1
     assert report.captured_launches > 0
     assert report.captured_launches % 3 == 0
+
+
+def test_an_op_is_timed(backend: NumbaCudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By events around the replay of a graph, which has to be warm and to leave nothing behind."""
+    monkeypatch.setattr(clock, "_spin_kernel", lambda: None)  # CuPy does not open on this driver
+    case = OPS["project"](backend, ODD)
+    assert clock.seconds(backend, case.submit) > 0
 
 
 def test_window_and_record(backend: NumbaCudaBackend) -> None:
