@@ -1,0 +1,74 @@
+"""How the run on a GPU reads time, and what it puts before the interpreter under a sanitizer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import clock
+from benchmarks.gpu.parts import NO_API_ERRORS, PARTS
+
+
+def replay(launch: Callable[[], Any]) -> clock.Replay:
+    """A replay whose device takes a millisecond."""
+    made = object.__new__(clock.Replay)
+    made._stream = contextlib.nullcontext()
+    made._launch, made._record, made._wait = launch, lambda i: None, lambda: None
+    made._elapsed = lambda: 1.0
+    return made
+
+
+def test_the_device_spins_for_longer_than_the_last_launch_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spins: list[int] = []
+    monkeypatch.setattr(clock, "_spin", spins.append)
+    monkeypatch.setattr(clock, "IDLE_SECONDS", float("inf"))
+    slow = replay(lambda: time.sleep(3e-3))
+    assert [slow.seconds() for _ in range(3)] == [1e-3] * 3
+    assert spins[0] == clock.LAUNCH_NS
+    assert min(spins[1:]) > 3_000_000
+    spins.clear()
+    quick = replay(lambda: None)
+    quick.seconds()
+    quick._launch_ns = 0
+    quick.seconds()
+    assert spins == [clock.LAUNCH_NS] * 2
+
+
+def test_a_device_that_was_idle_spins_for_a_tenth_of_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spins: list[int] = []
+    monkeypatch.setattr(clock, "_spin", spins.append)
+    monkeypatch.setattr(clock, "IDLE_SECONDS", -1.0)
+    replay(lambda: None).seconds()
+    assert spins == [clock.WARM_NS]
+
+
+def test_a_wall_clock_is_read_after_calls_that_warm_the_device() -> None:
+    calls: list[float] = []
+    begin = time.perf_counter()
+
+    def call() -> None:
+        calls.append(time.perf_counter() - begin)
+        time.sleep(1e-3)
+
+    assert clock.wall(call, repeats=3, warm=0.02) >= 1e-3
+    assert calls[-3] >= 0.02
+    calls.clear()
+    clock.wall(call, repeats=3)
+    assert len(calls) == 3
+
+
+def test_a_sanitizer_ends_with_the_workers_exit_status() -> None:
+    commands = {part.name: list(part.prefix()) for part in PARTS if part.prefix}
+    assert set(commands) == {"memcheck-cupy", "racecheck-cupy"}
+    for command in commands.values():
+        assert not [word for word in command if word.startswith("--error-exitcode")]
+    assert NO_API_ERRORS in commands["memcheck-cupy"]  # the option is that tool's alone
+    assert NO_API_ERRORS not in commands["racecheck-cupy"]
