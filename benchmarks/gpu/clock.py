@@ -1,7 +1,8 @@
 """Device time of a call: replays of a graph of many, between two events.
 
 On an idle device the clocks are low, and the first event is over before the host has launched the
-graph: so the device spins before every timed replay, and for longer where the host was busy.
+graph: so the device spins before every timed replay, for as long as that launch takes, and for
+longer where the host was busy.
 A stand-in has no device time: a host clock stands around one call.
 """
 
@@ -21,8 +22,8 @@ from fastrnn.backend import Backend
 
 LEAST_SECONDS, MOST_CALLS, REPLAYS = 2e-3, 512, 7
 IDLE_SECONDS, WARM_NS, LAUNCH_NS = 20e-3, 100_000_000, 100_000
-"""A device that was idle for so long spins a tenth of a second; else for as long as the host takes
-to launch a graph."""
+"""A device that was idle for so long spins a tenth of a second; else for twice as long as the last
+launch of the graph took the host, and this at the least."""
 
 Call = Callable[[], Any]
 
@@ -83,8 +84,15 @@ def _host_seconds(call: Call) -> float:
     return time.perf_counter() - begin
 
 
-def wall(call: Call, repeats: int = 5) -> float:
-    """Median wall-clock seconds of a call that ends with the device idle."""
+def wall(call: Call, repeats: int = 5, warm: float = 0.0) -> float:
+    """Median wall-clock seconds of a call that ends with the device idle.
+
+    Args:
+        warm: seconds of calls before those that are timed.
+    """
+    end = time.perf_counter() + warm
+    while time.perf_counter() < end:
+        call()
     return statistics.median(_host_seconds(call) for _ in range(repeats))
 
 
@@ -107,6 +115,7 @@ class Replay:
             self._open_numba(backend, record)
 
     _pool: Any = None
+    _launch_ns: int = 0  # that the host needed for the last launch
     _stream: Any
     _launch: Callable[[], Any]
     _record: Callable[[int], Any]
@@ -147,9 +156,11 @@ class Replay:
         """Of one replay."""
         idle = time.monotonic() - Replay._ended > IDLE_SECONDS
         with self._stream:
-            _spin(WARM_NS if idle else LAUNCH_NS)
+            _spin(max(WARM_NS if idle else LAUNCH_NS, 2 * self._launch_ns))
+        begin = time.perf_counter_ns()
         self._record(0)
         self._launch()
+        self._launch_ns = time.perf_counter_ns() - begin
         self._record(1)
         self._wait()
         Replay._ended = time.monotonic()
