@@ -196,7 +196,7 @@ def _command(part: Part, result: Path, work: Path, stand_in: str | None) -> list
             return [*python, "pytest", "-q", "-p", "no:cacheprovider", "-n", "0",
                     f"--junitxml={result}", "tests/test_step.py", "-k",
                     "sm_90 and smallest and carried and not late"]  # fmt: skip
-        return [*python, "pytest", "-q", "-p", "no:cacheprovider", "-n", "6",
+        return [*python, "pytest", "-v", "-p", "no:cacheprovider", "-n", "6",
                 f"--junitxml={result}", *part.tests, "-k", part.keyword]  # fmt: skip
     if part.profiler:
         case = next(
