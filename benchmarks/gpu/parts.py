@@ -81,19 +81,18 @@ def _needs_tool(name: str) -> Absent:
     return absent
 
 
-def _sanitizer(name: str, *options: str) -> Callable[[], Sequence[str]]:
+def _sanitizer(name: str) -> Callable[[], Sequence[str]]:
     """The command before the interpreter. The exit status stays the worker's, which says whether
     the device's context was lost.
+
+    Errors of CUDA's API are not reported: libraries ask for entry points that a driver lacks, which
+    is no fault of a row, and what CUDA refuses raises in the row itself. Python may take long until
+    it calls CUDA: there is no limit to that but the supervisor's.
     """
     return lambda: (
         str(tool("compute-sanitizer")), f"--tool={name}", "--print-limit=20",
-        "--target-processes=all", *options,
+        "--target-processes=all", "--report-api-errors=no", "--launch-timeout=0",
     )  # fmt: skip
-
-
-NO_API_ERRORS = "--report-api-errors=no"
-"""Of memcheck. Libraries ask for entry points that a driver lacks, which is no fault of a row; what
-CUDA refuses raises in the row itself."""
 
 
 def _numba_cuda(toy: bool) -> list[Case]:
@@ -135,8 +134,7 @@ PARTS = (
 
     Part("memcheck-cupy", "compute-sanitizer memcheck", 3, "cupy", 60, 15,
          cases=partial(cases.smoke, "cupy", sizes=cases.MEMCHECK), pool=False,
-         prefix=_sanitizer("memcheck", NO_API_ERRORS),
-         absent=_needs_tool("compute-sanitizer")),
+         prefix=_sanitizer("memcheck"), absent=_needs_tool("compute-sanitizer")),
     Part("racecheck-cupy", "compute-sanitizer racecheck", 3, "cupy", 40, 15,
          cases=partial(cases.smoke, "cupy", sizes=cases.RACECHECK), pool=False,
          prefix=_sanitizer("racecheck"), absent=_needs_tool("compute-sanitizer")),
