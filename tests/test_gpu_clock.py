@@ -1,8 +1,11 @@
-"""How the run on a GPU reads time, and what it puts before the interpreter under a sanitizer."""
+"""How the run on a GPU reads time, and with what words it starts sanitizers and tests."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import clock
-from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.parts import ON_THE_DEVICE, PARTS, TESTS
+from benchmarks.gpu.supervisor import ROOT
 
 
 def replay(launch: Callable[[], Any]) -> clock.Replay:
@@ -71,3 +75,19 @@ def test_a_sanitizer_ends_with_the_workers_exit_status_and_reports_kernels_alone
     for command in commands.values():
         assert not [word for word in command if word.startswith("--error-exitcode")]
         assert {"--report-api-errors=no", "--launch-timeout=0"} < set(command)
+
+
+def test_the_tests_of_the_cuda_c_engine_are_those_that_work_on_the_device() -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--collect-only", *TESTS]
+    done = subprocess.run(
+        [*command, "-k", ON_THE_DEVICE],
+        cwd=ROOT, env={**os.environ, "FASTRNN_REQUIRE_GPU": "cupy"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    chosen = [line for line in done.stdout.splitlines() if "::" in line]
+    assert {line.partition("::")[0] for line in chosen} == set(TESTS)
+    others = [line for line in chosen if "[cupy" not in line]
+    assert others
+    assert all("::test_on_a_gpu[" in line for line in others)
+    assert not [line for line in chosen if "sm_" in line]

@@ -103,8 +103,10 @@ def _numba_cuda(toy: bool) -> list[Case]:
 
 TESTS = (
     "tests/test_ops.py", "tests/test_step.py", "tests/test_decoding.py", "tests/test_trainer.py",
-    "tests/test_ops_dispatch.py", "tests/test_torch_ops.py",
+    "tests/test_torch_ops.py",
 )  # fmt: skip
+ON_THE_DEVICE = "(cupy and not sm_ and not without_cupy) or on_a_gpu"
+"""Tests that work on the device, and none of those that put an emulator or a fake in its place."""
 
 PARTS = (
     Part("probe", "Versions and tools", 1, "", 20, 2, task="probe"),
@@ -118,7 +120,7 @@ PARTS = (
     Part("torch-cupy", "fastrnn.torch and fastrnn.ops", 1, "cupy", 45, cases=cases.torch,
          absent=_needs("torch")),
     Part("tests-cupy", "Tests on the device: CUDA C", 1, "cupy", 60, 20, tests=TESTS,
-         keyword="(cupy or cuda) and not numba-cuda and not sm_"),
+         keyword=ON_THE_DEVICE),
 
     Part("peers-step", "Against peers: the training step", 2, "cupy", 60, 20, task="peers-step"),
     Part("peers-recurrence", "Against peers: the recurrence", 2, "cupy", 60, 20,
