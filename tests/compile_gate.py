@@ -19,7 +19,6 @@ import functools
 import importlib
 import multiprocessing
 import os
-import pkgutil
 import re
 import shutil
 import subprocess
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fastrnn.cuda
+from fastrnn.cuda import launchable as launchable
 from fastrnn.cuda.device import KERNELS, Kernel
 from tests import nvrtc
 from tests.emulated_device import SHARED_BYTES
@@ -166,16 +165,6 @@ def disassembler() -> str | None:
             if os.access(path, os.X_OK):
                 return str(path)
     return shutil.which("nvdisasm")
-
-
-def launchable() -> list[Kernel]:
-    """Every kernel of the launchers' ``variants()``."""
-    kernels: dict[Kernel, None] = {}
-    for module in pkgutil.iter_modules(fastrnn.cuda.__path__):
-        found = importlib.import_module(f"fastrnn.cuda.{module.name}")
-        if hasattr(found, "variants"):
-            kernels |= dict.fromkeys(found.variants())
-    return list(kernels)
 
 
 # --- Compiling ---------------------------------------------------------------------------------
