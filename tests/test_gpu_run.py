@@ -21,7 +21,7 @@ from benchmarks.gpu.cases import Case, Key
 from benchmarks.gpu.parts import PARTS, STAGE_SECONDS, Part, Seconds, Selection
 from benchmarks.gpu.supervisor import CaseRun
 from benchmarks.gpu.tasks import findings
-from benchmarks.gpu.worker import MARK, decode, encode, key_of
+from benchmarks.gpu.worker import MARK, decode, encode, keep_no_memory, key_of
 from benchmarks.op_cases import OPS
 from fastrnn.backend import BACKENDS, Dims
 from fastrnn.bench import BenchResult, Contender, choose_contenders, provenance
@@ -624,3 +624,17 @@ def test_every_part_has_a_name_of_its_own_and_a_way_to_run() -> None:
         ways = [bool(part.cases), bool(part.task), bool(part.tests), bool(part.profiler)]
         assert sum(ways) == 1, part.name
     assert replace(BY_NAME["smoke-cupy"], name="x-cupy").short == "x"
+
+
+@needs_cupy
+def test_under_a_sanitizer_cupy_keeps_no_memory() -> None:
+    """In the pool's blocks, which are larger than what was asked for, small overruns are legal."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    assert cupy.cuda.get_allocator() == cupy.get_default_memory_pool().malloc
+    try:
+        keep_no_memory()
+        assert cupy.cuda.get_allocator() != cupy.get_default_memory_pool().malloc
+    finally:
+        cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
+        cupy.cuda.set_pinned_memory_allocator(cupy.get_default_pinned_memory_pool().malloc)
+    assert all(part.pool is (part.prefix is None) for part in PARTS)
