@@ -27,5 +27,5 @@ bench:                      ## the benchmark suite and the peers found here
 bench-compare:              ## this tree against another commit
 	$(PYTHON) -m benchmarks.compare $(REF)
 
-gpu:                        ## tests, sanitizers, benchmarks and peers on this machine's GPU
+gpu:                        ## three stages on this machine's GPU: right or wrong, figures, peers, sanitizers
 	$(PYTHON) -m benchmarks.gpu

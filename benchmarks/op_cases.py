@@ -6,6 +6,7 @@ float64, and with the error that plain float32 NumPy makes; of large results, a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -173,11 +174,30 @@ def gather_backward(backend: Backend, dims: Dims) -> OpCase:
     )
 
 
-def _tanh_steps(z: Any, W_hh: Any, h0: Any) -> Any:
+def hidden_states(z: Any, W_hh: Any, h0: Any) -> Any:
+    """``h_t = tanh(z_t + h_{t-1} W_hh)``: ``[T, B, H]``, in the arrays' own dtype."""
     h = [h0]
     for z_t in z:
         h.append(np.tanh(z_t + h[-1] @ W_hh))
     return np.stack(h[1:])
+
+
+def bptt(dh: Any, h: Any, W_hh: Any, h0: Any) -> dict[str, Any]:
+    """``dz``, ``dW_hh`` and ``dh0`` from the gradient of the states, in the arrays' own dtype."""
+    found = {"dz": np.empty_like(dh), "dW_hh": np.zeros_like(W_hh), "dh0": np.zeros_like(h0)}
+    for t in reversed(range(len(dh))):
+        dz = found["dz"][t] = (dh[t] + found["dh0"]) * (1 - h[t] ** 2)
+        found["dW_hh"] += (h[t - 1] if t else h0).T @ dz
+        found["dh0"] = dz @ W_hh.T
+    return found
+
+
+def softmax_loss(logits: Any, targets: Any, rows: int) -> tuple[Any, Any]:
+    """Losses of some rows of logits, and their part of the gradient of the mean over ``rows``."""
+    log_p, at = reference.log_softmax(logits), (np.arange(len(logits)), targets)
+    gradient = np.exp(log_p)
+    gradient[at] -= gradient.dtype.type(1)
+    return -log_p[at], gradient / gradient.dtype.type(rows)
 
 
 def recurrence(backend: Backend, dims: Dims) -> OpCase:
@@ -187,7 +207,7 @@ def recurrence(backend: Backend, dims: Dims) -> OpCase:
     h = Inputs(backend, dims).empty(*z.shape)
 
     def results() -> list[Result]:
-        plain = _tanh_steps(*(problem[n] for n in names))
+        plain = hidden_states(*(problem[n] for n in names))
         return [Result("h", backend.get(h), want["h"], plain)]
 
     return OpCase(
@@ -208,12 +228,7 @@ def recurrence_backward(backend: Backend, dims: Dims) -> OpCase:
 
     def results() -> list[Result]:
         W, first, d = problem["W_hh"], problem["h0"], problem["dh"]
-        hs = np.concatenate([first[None], _tanh_steps(problem["z"], W, first)])
-        plain = {"dz": np.empty_like(d), "dW_hh": np.zeros_like(W), "dh0": np.zeros_like(first)}
-        for t in reversed(range(dims.T)):
-            plain["dz"][t] = (d[t] + plain["dh0"]) * (1 - hs[t + 1] ** 2)
-            plain["dW_hh"] += hs[t].T @ plain["dz"][t]
-            plain["dh0"] = plain["dz"][t] @ W.T
+        plain = bptt(d, hidden_states(problem["z"], W, first), W, first)
         return [
             Result(name, backend.get(got), want[name], plain[name])
             for name, got in zip(plain, out, strict=True)
@@ -291,13 +306,7 @@ def cross_entropy(backend: Backend, dims: Dims) -> OpCase:
     host, y = i.normal(T, B, V), i.tokens()
     (logits, targets), out = i.put(host, y), (i.empty(), i.empty(T, B, V))
 
-    def softmax(rows: Any, ids: Any) -> tuple[Any, Any]:
-        """Losses of rows and dlogits, in the rows' dtype."""
-        log_p = reference.log_softmax(rows)
-        at = np.arange(len(rows)), ids
-        gradient = np.exp(log_p)
-        gradient[at] -= gradient.dtype.type(1)
-        return -log_p[at], gradient / gradient.dtype.type(T * B)
+    softmax = functools.partial(softmax_loss, rows=T * B)
 
     def results() -> list[Result]:
         flat, ids = host.reshape(-1, V), y.ravel()

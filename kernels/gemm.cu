@@ -337,18 +337,22 @@ __device__ __forceinline__ void copy_elements(REAL* shared, const REAL* global, 
 template <int ROWS, int COLUMNS, int LD, bool TURN>
 struct Copies {
     static constexpr int EACH = TURN ? 1 : VECTOR, PER_ROW = COLUMNS / EACH, AT_ONCE = THREADS / PER_ROW;
+    static constexpr int UNROLLED = EACH == 1 ? 4 : ROWS / AT_ONCE;   // at an edge: more single elements would spill registers
     static_assert(PER_ROW * AT_ONCE == THREADS && ROWS % AT_ONCE == 0, "every thread makes the same number of copies");
     int row, column;    // the thread's first element
 
     __device__ __forceinline__ explicit Copies(int thread) : row(thread / PER_ROW), column(thread % PER_ROW * EACH) {}
 
-    __device__ __forceinline__ int place(int r) const { return TURN ? column * LD + row + r : (row + r) * LD + column; }
+    // Where in the tile the thread's first element goes, and how far from there one r rows on.
+    __device__ __forceinline__ int place() const { return TURN ? column * LD + row : row * LD + column; }
+    __device__ __forceinline__ static constexpr int rows_on(int r) { return TURN ? r : r * LD; }
 
     // All of the tile; `from` is the thread's first element.
     __device__ __forceinline__ void whole(REAL* tile, const REAL* from, int ld) const {
+        REAL* const to = tile + place();
 #pragma unroll
         for (int r = 0; r < ROWS; r += AT_ONCE) {
-            copy_elements<EACH>(tile + place(r), from, EACH);
+            copy_elements<EACH>(to + rows_on(r), from, EACH);
             from += static_cast<size_t>(AT_ONCE) * ld;
         }
     }
@@ -356,10 +360,11 @@ struct Copies {
     // Its first `rows` rows and `columns` columns, and zeros; row_of(r) points to row r.
     template <class RowOf>
     __device__ __forceinline__ void part(REAL* tile, int rows, int columns, const RowOf& row_of) const {
+        REAL* const to = tile + place();
         const int valid = max(0, min(columns - column, EACH));
-#pragma unroll
+#pragma unroll UNROLLED
         for (int r = 0; r < ROWS; r += AT_ONCE)
-            copy_elements<EACH>(tile + place(r), row_of(row + r) + column, row + r < rows ? valid : 0);
+            copy_elements<EACH>(to + rows_on(r), row_of(row + r) + column, row + r < rows ? valid : 0);
     }
 };
 
@@ -567,9 +572,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_kernel(
     __shared__ uint32_t arrived;
     const Operands operands{A, head, B, M, N, K, lda, ldb, lead};
     const Output output{C, x, y, M, N, ldc, epilogue};
-    const Deal deal{tiles, whole, quota, extra, static_cast<uint32_t>(max(1, ceil_div(K, TILE_K)))};
+    // Worked out anew before and after the products of a tile: nothing of it takes a register from them.
+    const auto deal_anew = [&] {
+        return Deal{tiles, whole, quota, extra, static_cast<uint32_t>(max(1, ceil_div(kept(K), TILE_K)))};
+    };
     for (uint32_t turn = 0;; ++turn) {
-        if (threadIdx.x == 0) part = deal.part(turn, M, N);
+        if (threadIdx.x == 0) part = deal_anew().part(turn, kept(M), kept(N));
         __syncthreads();   // the part is known, and the last tile has left shared memory
         if (part.tile >= tiles) break;
         Accumulators acc;
@@ -578,6 +586,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_kernel(
         __syncthreads();   // the tile is complete in shared memory
 
         int copies = COPIES_C;
+        const Deal deal = deal_anew();
         if (part.end - part.begin < deal.depth) {
             const uint32_t tile_start = (part.tile - whole) * deal.depth;
             const uint32_t first = deal.block_of(tile_start), last = deal.block_of(tile_start + deal.depth - 1);

@@ -111,6 +111,14 @@ struct alignas(16) Fixed {
 };
 static_assert(sizeof(Fixed) <= FIXED_BYTES && FIXED_BYTES % 16 == 0, "the launcher reserves FIXED_BYTES for it");
 
+// Bytes from the start of `fixed` to one of its members: a constant, once compiled. (NVRTC has no offsetof, and knows
+// __builtin_offsetof from 13.4 on.)
+template <class Member>
+__device__ __forceinline__ size_t offset_in(const Fixed& fixed, const Member& member) {
+    const auto* start = reinterpret_cast<const unsigned char*>(&fixed);
+    return reinterpret_cast<const unsigned char*>(&member) - start;
+}
+
 // tokens[s, n - P] = x_n for n in [max(P, begin), end), state[s,:] = h_{begin-1} before and the last h after.
 // prefix [S,P], lengths [S], tokens [S,N], state [S,H], as in generate.cu.
 // A cluster owns `rows` sequences, a block UNITS of H and every eighth tile of V; lane 2 s + g of a warp the s-th slice
@@ -229,7 +237,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     // does not end before it is armed, so bytes may be earlier than that. Every warp arms the states' phases: one that
     // has nothing to push must not miss any either.
     const shared_address at = kept_address_of(memory);
-    constexpr int CHOICE_FULL = __builtin_offsetof(Fixed, choice_full);
+    const size_t choice_full = offset_in(fixed, fixed.choice_full);
     for (int n = begin; n < end; ++n) {
         // With 80 registers full of weights there is no room for what could be hoisted out of this loop.
         tid = kept(tid);
@@ -248,7 +256,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const shared_address units_at = fed_at + (resident ? 4 * V * UNITS : 0);
         const shared_address logits_at = units_at + 4 * UNITS * HIDDEN;
 #else
-        const shared_address bests_at = at + __builtin_offsetof(Fixed, bests);
+        const shared_address bests_at = at + offset_in(fixed, fixed.bests);
 #endif
         const shared_address h_old = at + 4 * now * MAX_ROWS * HIDDEN;   // + 4 HIDDEN q: h[now][q]
 
@@ -277,7 +285,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                         for (int j = 0; j < COLUMNS; ++j) sum[j] += x[c] * w_hq[i][c][j];
                 }
                 const int column = half * COLUMNS + slice * COLUMNS / 16;   // of the tile, which fold leaves the lane
-                const shared_address bias = at + __builtin_offsetof(Fixed, b_tiles) + 4 * (warp * TILE + column);
+                const shared_address bias = at + offset_in(fixed, fixed.b_tiles) + 4 * (warp * TILE + column);
                 const float logit = fold(sum, lane) + load_shared<float>(bias);
                 left[0] = fold(left, lane);
                 __syncwarp();   // every lane has read h
@@ -293,7 +301,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                     }
                     if (f < TILE / 4 && (everywhere || to == q))
                         st_async(remote(logits_at + 4 * (tile * TILE + 4 * f)),
-                                 make_float4(four[0], four[1], four[2], four[3]), remote(at + CHOICE_FULL));
+                                 make_float4(four[0], four[1], four[2], four[3]), remote(at + choice_full));
                 }
                 // Lane 2 r + g pushes the g-th logit of a pair to rank r.
                 for (int pair = warp; pair < pairs; pair += WARPS) {
@@ -303,7 +311,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                     }
                     if (slice < CLUSTER && (everywhere || slice == q))
                         st_async(cluster_map(logits_at + 4 * left_column(rank, pair, half), slice),
-                                 left[0] + b_left[2 * pair + half], cluster_map(at + CHOICE_FULL, slice));
+                                 left[0] + b_left[2 * pair + half], cluster_map(at + choice_full, slice));
                 }
 #else
                 const int v = tile * TILE + column;
@@ -319,7 +327,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 best = best.over_warp();
                 if (lane < CLUSTER)
                     st_async(remote(bests_at + 8 * (q * TILES + tile)), make_uint2(best.key, best.index),
-                             remote(at + CHOICE_FULL));
+                             remote(at + choice_full));
 #endif
             }
         }
@@ -356,8 +364,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 token = choose<THREADS>(logits, V, weights, Decoding{inverse_temperature, top_p, top_k}, draw,
                                         fixed.choice, tid, 1);
                 if (!everywhere && tid < CLUSTER)
-                    st_async(remote(at + __builtin_offsetof(Fixed, chosen) + 4 * rank), __int_as_float(token),
-                             remote(at + __builtin_offsetof(Fixed, token_full)));
+                    st_async(remote(at + offset_in(fixed, fixed.chosen) + 4 * rank), __int_as_float(token),
+                             remote(at + offset_in(fixed, fixed.token_full)));
             }
             if (!everywhere && has_units) {
                 mbarrier_wait(&fixed.token_full, phase);
@@ -392,7 +400,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 float row = 0.0f;
                 if (resident) row = load_shared<float>(fed_at + 4 * (token * UNITS + own));
                 else if (unit < H) row = W_xh[static_cast<size_t>(token) * H + unit];
-                fresh = tanhf(row + z + load_shared<float>(at + __builtin_offsetof(Fixed, b_units) + 4 * own));
+                fresh = tanhf(row + z + load_shared<float>(at + offset_in(fixed, fixed.b_units) + 4 * own));
             }
         }
         __syncwarp();   // every lane has read what these pushes let others overwrite, and seen the phases that end
@@ -403,7 +411,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                                               __float_as_uint(__shfl_sync(FULL_WARP, fresh, 2 * q + 1)));
                 if (lane < CLUSTER)
                     st_async(remote(at + 4 * (((1 - now) * MAX_ROWS + q) * HIDDEN + rank * UNITS + 2 * warp)), pair,
-                             remote(at + __builtin_offsetof(Fixed, state_full) + 8 * (1 - now)));
+                             remote(at + offset_in(fixed, fixed.state_full) + 8 * (1 - now)));
             }
         }
 

@@ -1,39 +1,78 @@
-"""Every CUDA C kernel for every architecture, without a GPU: what it takes, and what it became.
+"""Every CUDA C kernel through the compilers that users have, without a GPU: what it takes, and what
+it became.
 
-    python -m tests.compile_gate [FILE …]
+    python -m tests.compile_gate [--toolchain VERSION … | --all] [FILE …]
+    python -m tests.compile_gate --fetch FOLDER
 
 compiles what the launchers can launch with NVRTC, prints registers, stack, spills and shared memory
-of each kernel, and fails (exit status 1) for what a GPU would refuse or regret: a spill, a stack
-frame, more registers or shared memory than the launch needs, a missing instruction.
+of each kernel, and fails (exit status 1) for a source that is refused and for what would be slow or
+impossible on a GPU: a spill, a stack frame, more registers or shared memory than the launch needs,
+a missing instruction. Without options it takes the NVRTC that is installed. ``--all`` takes every
+toolchain of :data:`TOOLCHAINS`; those that are not installed lie in the folder that the environment
+variable ``FASTRNN_NVRTC`` names, to which ``--fetch`` downloads them with pip.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
+import multiprocessing
 import os
-import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fastrnn.cuda
+from fastrnn.cuda import launchable as launchable
 from fastrnn.cuda.device import KERNELS, Kernel
+from tests import nvrtc
 from tests.emulated_device import SHARED_BYTES
 
-ARCHITECTURES = {75: "75", 80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 120: "120"}
-"""Compute capability (times ten) -> what follows ``sm_``. CuPy asks for 90, not 90a: no kernel uses
-what the a adds, and all take the same registers."""
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+"""Compute capabilities, times ten. As CuPy, the gate compiles for ``sm_90``, not ``sm_90a``."""
 
 REGISTERS = 65536
 """32-bit registers of a multiprocessor, on all of them."""
+
+FOLDER = "FASTRNN_NVRTC"
+"""The environment variable that names the folder of fetched toolchains."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """An NVRTC that users have.
+
+    Attributes:
+        version: of its wheel; ``"installed"`` for the one that CUDA's Python packages find here.
+        package: the wheel's name; empty for the installed one.
+        capabilities: for which it compiles the kernels here.
+        judged: whether what a kernel takes can be a fault. Otherwise only a refusal is one, and the
+            rest is reported.
+    """
+
+    version: str
+    package: str = ""
+    capabilities: tuple[int, ...] = ARCHITECTURES
+    judged: bool = True
+
+
+INSTALLED = Toolchain("installed")
+TOOLCHAINS = (
+    # The oldest and the newest that the extra cuda12x admits.
+    Toolchain("12.4.127", "nvidia-cuda-nvrtc-cu12", (90,), judged=False),
+    Toolchain("12.9.86", "nvidia-cuda-nvrtc-cu12", (90,), judged=False),
+    # The oldest that cuda13x admits, and the newest: `pip install` finds it.
+    Toolchain("13.0.88", "nvidia-cuda-nvrtc"),
+    INSTALLED,
+)
 
 
 @dataclass(frozen=True)
@@ -48,25 +87,67 @@ class Resources:
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture: what it takes, and what is wrong with it."""
+    """One kernel on one architecture.
+
+    Attributes:
+        resources: what it takes; None where the source is refused.
+        faults: what is wrong with it.
+        notes: what would be wrong with it, did the toolchain count.
+    """
 
     kernel: Kernel
     capability: int
-    resources: Resources
-    faults: tuple[str, ...]
+    toolchain: Toolchain
+    resources: Resources | None
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         constants = " ".join(f"{k}={v}" for k, v in self.kernel.defines)
         return f"{self.kernel.file}: {self.kernel.name} {constants}".strip()
 
+    def lines(self, what: Sequence[str]) -> list[str]:
+        """``what``, with the toolchain, architecture and kernel that it is about."""
+        start = f"NVRTC {self.toolchain.version}, sm_{self.capability}, {self.label}"
+        return [f"{start}: {text}" for text in what]
 
-def gate_unavailable() -> str | None:
-    """Why nothing can be compiled here, or None."""
+
+# --- What there is -----------------------------------------------------------------------------
+
+
+@functools.cache
+def library(toolchain: Toolchain) -> str:
+    """The path of a toolchain's ``libnvrtc.so``.
+
+    Raises:
+        RuntimeError: it is not here; the message names it, and what helps.
+    """
+    if not toolchain.package:
+        try:
+            return nvrtc.installed()
+        except Exception as error:  # what loading it raises depends on CUDA's packages
+            reason = " ".join(str(error).split())
+            raise RuntimeError(f"needs NVRTC: pip install 'fastrnn[gate]' ({reason})") from error
+    folder = os.environ.get(FOLDER)
+    found = nvrtc.unpacked(Path(folder), toolchain.version) if folder else None
+    if found is None:
+        where = f"not in {folder}" if folder else f"{FOLDER} names no folder"
+        raise RuntimeError(
+            f"needs NVRTC {toolchain.version} ({where}): "
+            f"python -m tests.compile_gate --fetch {folder or 'FOLDER'}"
+        )
+    return found
+
+
+def gate_unavailable(toolchain: Toolchain = INSTALLED) -> str | None:
+    """Why nothing can be compiled here with this toolchain, or None."""
     try:
-        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
-    except Exception as error:  # the bindings raise what loading NVRTC raises
-        return f"needs NVRTC: pip install 'fastrnn[gate]' ({error})"
+        path = library(toolchain)
+        if not toolchain.package:
+            nvrtc.loaded(path)
+    except (RuntimeError, OSError) as error:
+        return str(error)
     if disassembler() is None:
         return "needs nvdisasm: pip install 'fastrnn[gate]'"
     return None
@@ -74,63 +155,55 @@ def gate_unavailable() -> str | None:
 
 @functools.cache
 def disassembler() -> str | None:
-    """The path of nvdisasm: on PATH, or in NVIDIA's wheel."""
-    found = shutil.which("nvdisasm")
-    if found:
-        return found
+    """The path of nvdisasm: in NVIDIA's wheel, as new as the installed NVRTC, or on PATH."""
     try:
-        nvidia = importlib.import_module("nvidia")
+        folders = list(importlib.import_module("nvidia").__path__)
     except ImportError:
-        return None
-    for folder in nvidia.__path__:
-        for path in Path(folder).glob("*/bin/nvdisasm"):
+        folders = []
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*/bin/nvdisasm")):
             if os.access(path, os.X_OK):
                 return str(path)
-    return None
+    return shutil.which("nvdisasm")
 
 
-def launchable() -> list[Kernel]:
-    """Every kernel of the launchers' ``variants()``."""
-    kernels: dict[Kernel, None] = {}
-    for module in pkgutil.iter_modules(fastrnn.cuda.__path__):
-        found = importlib.import_module(f"fastrnn.cuda.{module.name}")
-        if hasattr(found, "variants"):
-            kernels |= dict.fromkeys(found.variants())
-    return list(kernels)
+# --- Compiling ---------------------------------------------------------------------------------
+
+Module = tuple[str, tuple[tuple[str, Any], ...], int]
+"""What is compiled at once: a file, its constants, and a compute capability."""
+
+
+def compilation(
+    file: str, defines: tuple[tuple[str, Any], ...], capability: int
+) -> tuple[bytes, str, tuple[str, ...]]:
+    """Source, name and options, as CuPy has them."""
+    options = (
+        "-std=c++17",
+        "-ftz=true",
+        f"-I{KERNELS}",
+        f"-arch=sm_{capability}",
+        "--ptxas-options=-v",
+        *(f"-D{name}={value}" for name, value in defines),
+    )
+    return (KERNELS / f"{file}.cu").read_bytes(), f"{file}.cu", options
 
 
 def compile_module(file: str, defines: tuple[tuple[str, Any], ...], capability: int) -> Any:
-    """Compile ``kernels/<file>.cu`` as CuPy does: its log and its cubin.
+    """Compile ``kernels/<file>.cu`` with the installed NVRTC: its log and its cubin.
 
     Raises:
         RuntimeError: NVRTC refuses the source; the message is its log.
     """
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    source = (KERNELS / f"{file}.cu").read_bytes()
-    options = [
-        "-std=c++17",
-        "-ftz=true",
-        f"-I{KERNELS}",
-        f"-arch=sm_{ARCHITECTURES[capability]}",
-        "--ptxas-options=-v",
-        *(f"-D{name}={value}" for name, value in defines),
-    ]
-    encoded = [option.encode() for option in options]
-    _, program = nvrtc.nvrtcCreateProgram(source, f"{file}.cu".encode(), 0, [], [])
     try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-        _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
-        nvrtc.nvrtcGetProgramLog(program, log)
-        text = log.decode(errors="replace").rstrip("\0 ")
-        if int(status) != 0:
-            raise RuntimeError(f"{file}.cu for sm_{ARCHITECTURES[capability]}: {text}")
-        _, size = nvrtc.nvrtcGetCUBINSize(program)
-        cubin = b" " * size
-        nvrtc.nvrtcGetCUBIN(program, cubin)
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-    return text, cubin
+        return nvrtc.compile_source(library(INSTALLED), *compilation(file, defines, capability))
+    except nvrtc.CompileError as error:
+        raise RuntimeError(f"{file}.cu for sm_{capability}: {error}") from error
+
+
+@functools.cache
+def processes(library: str) -> ProcessPoolExecutor:
+    """Processes that load this NVRTC and no other."""
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
 
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
@@ -187,32 +260,46 @@ def faults(kernel: Kernel, capability: int, resources: Resources, sass: str) -> 
 
 
 def compile_all(
-    kernels: Iterable[Kernel], capabilities: Sequence[int] = tuple(ARCHITECTURES)
+    kernels: Iterable[Kernel],
+    capabilities: Sequence[int] | None = None,
+    toolchain: Toolchain = INSTALLED,
 ) -> list[Row]:
-    """Compile kernels for every architecture that can run them."""
-    modules: dict[tuple[str, tuple[tuple[str, Any], ...], int], list[Kernel]] = {}
+    """Compile kernels for every architecture that can run them.
+
+    Args:
+        kernels: those of one file that share their constants are compiled together.
+        capabilities: None for all that the toolchain compiles for.
+        toolchain: by which compiler.
+    """
+    modules: dict[Module, list[Kernel]] = {}
     for kernel in kernels:
-        for capability in capabilities:
+        for capability in toolchain.capabilities if capabilities is None else capabilities:
             if kernel.runs_on(capability):
                 modules.setdefault((kernel.file, kernel.defines, capability), []).append(kernel)
 
-    def compiled(key: tuple[str, tuple[tuple[str, Any], ...], int]) -> list[Row]:
-        log, cubin = compile_module(*key)
+    def judge(module: Module, compiled: Future[tuple[str, bytes]]) -> list[Row]:
+        capability = module[2]
+        try:
+            log, cubin = compiled.result()
+        except nvrtc.CompileError as error:
+            refused = f"{module[0]}.cu is refused: {error}"
+            return [Row(k, capability, toolchain, None, (refused,)) for k in modules[module]]
         resources = read_log(log)
-        wanted = any(kernel.opcodes for kernel in modules[key])
+        wanted = any(kernel.opcodes for kernel in modules[module])
         sass = disassemble(cubin) if wanted else {}
-        return [
-            Row(
-                kernel,
-                key[2],
-                resources[kernel.name],
-                tuple(faults(kernel, key[2], resources[kernel.name], sass.get(kernel.name, ""))),
-            )
-            for kernel in modules[key]
-        ]
+        rows = []
+        for kernel in modules[module]:
+            found = resources[kernel.name]
+            wrong = tuple(faults(kernel, capability, found, sass.get(kernel.name, "")))
+            judged, told = (wrong, ()) if toolchain.judged else ((), wrong)
+            rows.append(Row(kernel, capability, toolchain, found, judged, told))
+        return rows
 
+    path = library(toolchain)
+    submit = processes(path).submit
+    compiled = [submit(nvrtc.compile_source, path, *compilation(*module)) for module in modules]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [row for rows in pool.map(compiled, modules) for row in rows]
+        return [row for rows in pool.map(judge, modules, compiled) for row in rows]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -222,33 +309,63 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         by_label.setdefault(row.label, {})[row.capability] = row
     width = max(len(label) for label in by_label)
-    head = " ".join(f"{'sm_' + ARCHITECTURES[c]:>7}" for c in capabilities)
+    head = " ".join(f"{'sm_' + str(c):>7}" for c in capabilities)
     lines = [f"{'registers a thread':{width}} {head}  threads  shared"]
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return "     – "
+        mark = "!" if row.faults else "*" if row.notes else " "
+        return f"{row.resources.registers if row.resources else '–':>6}{mark}"
+
     for label, found in sorted(by_label.items()):
         kernel = next(iter(found.values())).kernel
-        cells = [
-            f"{found[c].resources.registers if c in found else '–':>6}"
-            + ("!" if c in found and found[c].faults else " ")
-            for c in capabilities
-        ]
-        shared = max(row.resources.shared for row in found.values()) + kernel.shared_bytes
-        lines.append(f"{label:{width}} {' '.join(cells)}  {kernel.threads:>7} {shared:>7}")
+        cells = " ".join(cell(found.get(c)) for c in capabilities)
+        shared = max((row.resources.shared for row in found.values() if row.resources), default=0)
+        shared += kernel.shared_bytes
+        lines.append(f"{label:{width}} {cells}  {kernel.threads:>7} {shared:>7}")
     for row in rows:
-        lines += [f"sm_{ARCHITECTURES[row.capability]} {row.label}: {f}" for f in row.faults]
+        lines += row.lines([*row.faults, *(f"{note} (only reported)" for note in row.notes)])
     return "\n".join(lines)
 
 
-def main() -> int:
-    reason = gate_unavailable()
-    if reason:
-        print(f"the compile gate {reason}", file=sys.stderr)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.compile_gate")
+    known = {toolchain.version: toolchain for toolchain in TOOLCHAINS}
+    parser.add_argument("files", metavar="FILE", nargs="*", help="of kernels/, without .cu")
+    parser.add_argument("--toolchain", choices=known, action="append", help="may be repeated")
+    parser.add_argument("--all", action="store_true", help="with every toolchain")
+    parser.add_argument("--fetch", metavar="FOLDER", type=Path, help="download the toolchains")
+    options = parser.parse_args(arguments)
+    if options.fetch:
+        for toolchain in TOOLCHAINS:
+            if toolchain.package and not nvrtc.unpacked(options.fetch, toolchain.version):
+                nvrtc.fetch(options.fetch, toolchain.package, toolchain.version)
+        return 0
+    kernels = [k for k in launchable() if not options.files or k.file in options.files]
+    unknown = set(options.files) - {k.file for k in kernels}
+    if unknown:
+        parser.error(f"no kernel is launched from {', '.join(sorted(unknown))}")
+    if options.all:
+        chosen = list(TOOLCHAINS)
+    else:
+        chosen = [known[version] for version in options.toolchain or [INSTALLED.version]]
+    missing = [reason for reason in map(gate_unavailable, chosen) if reason]
+    if missing:
+        print(*(f"the compile gate {reason}" for reason in missing), sep="\n", file=sys.stderr)
         return 2
-    files = set(sys.argv[1:])
-    kernels = [k for k in launchable() if not files or k.file in files]
-    rows = compile_all(kernels)
-    print(table(rows))
-    wrong = sum(bool(row.faults) for row in rows)
-    print(f"{len(rows)} kernels compiled, {wrong} with faults")
+    wrong = 0
+    for toolchain in chosen:
+        start = time.perf_counter()
+        rows = compile_all(kernels, toolchain=toolchain)
+        faulty = sum(bool(row.faults) for row in rows)
+        if rows:
+            print(table(rows))
+        print(
+            f"NVRTC {toolchain.version}: {len(rows)} kernels compiled, {faulty} with faults, "
+            f"{time.perf_counter() - start:.0f} s"
+        )
+        wrong += faulty
     return 1 if wrong else 0
 
 

@@ -102,8 +102,8 @@ class Run:
         reason = part.absent(self.stand_in is not None)
         if reason is not None:
             outcome |= {"status": "absent", "reason": reason}
-        elif left < part.least:
-            reason = f"{max(0.0, left):.0f} s were left, it needs {part.least:.0f}"
+        elif left < part.seconds.least:
+            reason = f"{max(0.0, left):.0f} s were left, it needs {part.seconds.least:.0f}"
             outcome |= {"status": "skipped", "reason": reason}
         else:
             print(f"{part.title} …", file=sys.stderr, flush=True)
@@ -112,7 +112,7 @@ class Run:
                 log.flush()
                 at = log.tell()
                 outcome["status"] = "stopped"  # until it has ended
-                limit = min(part.limit * self.patience, left)
+                limit = min(part.seconds.limit * self.patience, left)
                 if part.cases:
                     self._cases(part, cases, outcome, log, limit)
                 else:
@@ -329,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             for part, cases in chosen:
                 rows = f", {len(cases)} rows" if part.cases else ""
-                print(f"stage {part.stage}: {part.name}: {part.title}{rows}")
+                seconds = f"about {part.seconds.estimate:.0f} s"
+                print(f"stage {part.stage}: {part.name}: {part.title}{rows}, {seconds}")
             return 0
         about = machine()
         if not about["gpus"] and not stand_in:

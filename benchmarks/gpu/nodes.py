@@ -12,8 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.op_cases import Inputs, OpCase, Result, wide
-from fastrnn import reference
+from benchmarks.op_cases import (
+    Inputs,
+    OpCase,
+    Result,
+    bptt,
+    hidden_states,
+    softmax_loss,
+    wide,
+)
 from fastrnn.backend import Dims
 from fastrnn.backends.cupy_cuda import LD_STEP, CupyBackend
 from fastrnn.bench import Work, work
@@ -83,10 +90,7 @@ def _recurrent(s: _Setting) -> tuple[Any, ...]:
 
 def _states(weights: Sequence[Any], x: Any) -> Any:
     W_xh, b_h, W_hh, h0 = weights
-    h = [h0]
-    for x_t in x:
-        h.append(np.tanh(W_xh[x_t] + b_h + h[-1] @ W_hh))
-    return np.stack(h[1:])
+    return hidden_states(W_xh[x] + b_h, W_hh, h0)
 
 
 def _recurrence(s: _Setting) -> OpCase:
@@ -108,22 +112,16 @@ def _recurrence(s: _Setting) -> OpCase:
 def _bptt(s: _Setting) -> OpCase:
     T, B, H = s.dims.T, s.dims.B, s.dims.H
     hosts = _recurrent(s)
-    states, d, W = _states(hosts[:4], hosts[4]), s.normal(T, B, H), hosts[2]
+    states, d, (W, first) = _states(hosts[:4], hosts[4]), s.normal(T, B, H), hosts[2:4]
     h, dh, W_hh = s.inputs.put(states, d, W)
     dz, dh0 = s.inputs.empty(T, B, H), s.inputs.empty(B, H)
 
-    def backward(d: Any, states: Any, W: Any) -> tuple[Any, Any]:
-        found, carry = np.empty_like(d), np.zeros_like(d[0])
-        for t in reversed(range(T)):
-            found[t] = (d[t] + carry) * (1 - states[t] ** 2)
-            carry = found[t] @ W.T
-        return found, carry
-
     def results() -> list[Result]:
-        want, plain = backward(wide(d), wide(states), wide(W)), backward(d, states, W)
+        want = bptt(*(wide(a) for a in (d, states, W, first)))
+        plain = bptt(d, states, W, first)
         return [
-            Result(name, s.backend.get(got), w, p)
-            for name, got, w, p in zip(("dz", "dh0"), (dz, dh0), want, plain, strict=True)
+            Result(name, s.backend.get(got), want[name], plain[name])
+            for name, got in (("dz", dz), ("dh0", dh0))
         ]
 
     return s.case(
@@ -212,19 +210,14 @@ def _cross_entropy(s: _Setting) -> OpCase:
     dlogits, losses = s.inputs.empty(T, B, s.ld), s.inputs.empty(T * B)
     cursor = s.backend.put(np.zeros(1, np.int32))
 
-    def softmax(logits: Any) -> tuple[Any, Any]:
-        log_p, at = reference.log_softmax(logits), (np.arange(T * B), y.ravel())
-        gradient = np.exp(log_p)
-        gradient[at] -= 1
-        return gradient / gradient.dtype.type(T * B), -log_p[at]
-
     def results() -> list[Result]:
         got = s.backend.get(dlogits).reshape(T * B, s.ld), s.backend.get(losses)
         assert not got[0][:, V:].any(), "what lies behind the rows of dlogits is not zero"
-        (d, loss), plain = softmax(wide(host)), softmax(host)
+        loss, d = softmax_loss(wide(host), y.ravel(), T * B)
+        plain = softmax_loss(host, y.ravel(), T * B)
         return [
-            Result("dlogits", got[0][:, :V], d, plain[0]),
-            Result("loss", got[1], loss, plain[1]),
+            Result("dlogits", got[0][:, :V], d, plain[1]),
+            Result("loss", got[1], loss, plain[0]),
         ]
 
     return s.case(

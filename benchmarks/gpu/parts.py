@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import Case
@@ -23,6 +24,15 @@ Absent = Callable[[bool], str | None]
 """Why a part cannot run here, or None; given whether a stand-in takes the GPU's place."""
 
 
+class Seconds(NamedTuple):
+    """Of a part: estimated on an H100 beside 16 cores (see README.md of the benchmarks); what must
+    be left for it to begin; after which it is stopped."""
+
+    estimate: float
+    least: float
+    limit: float
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of the run: cases, a task, or a command.
@@ -30,7 +40,7 @@ class Part:
     Attributes:
         name: what ``--only`` takes, in whole or up to the backend. title: its heading.
         stage: 1, 2 or 3. backend: the one it is about, or "".
-        limit: seconds after which it is stopped. least: below which it is not begun.
+        seconds: what it takes, at least and at most.
         cases: given whether they are for a stand-in. task: a name in :mod:`tasks`.
         tests: files of tests, and the expression of pytest's -k. profiler: a tool on PATH.
         prefix: before the interpreter that runs the cases. pool: whether CuPy keeps freed memory.
@@ -41,8 +51,7 @@ class Part:
     title: str
     stage: int
     backend: str
-    limit: float
-    least: float = 10.0
+    seconds: Seconds
     cases: Callable[[bool], list[Case]] | None = None
     task: str | None = None
     tests: Sequence[str] = ()
@@ -109,44 +118,52 @@ ON_THE_DEVICE = "(cupy and not sm_ and not without_cupy) or on_a_gpu"
 """Tests that work on the device, and none of those that put an emulator or a fake in its place."""
 
 PARTS = (
-    Part("probe", "Versions and tools", 1, "", 20, 2, task="probe"),
-    Part("device-cupy", "The device", 1, "cupy", 30, 5, task="device"),
-    Part("compile-cupy", "Compiling ahead", 1, "cupy", 40, 5, task="compile", absent=_device_only),
-    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", 60, cases=partial(cases.smoke, "cupy")),
-    Part("ops-cupy", "Ops and kernels of the step: CUDA C", 1, "cupy", 60,
+    Part("probe", "Versions and tools", 1, "", Seconds(3, 2, 20), task="probe"),
+    Part("device-cupy", "The device", 1, "cupy", Seconds(5, 5, 30), task="device"),
+    Part("compile-cupy", "Compiling ahead", 1, "cupy", Seconds(10, 5, 40), task="compile",
+         absent=_device_only),
+    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", Seconds(16, 10, 60),
+         cases=partial(cases.smoke, "cupy")),
+    Part("ops-cupy", "Ops and kernels of the step: CUDA C", 1, "cupy", Seconds(14, 10, 60),
          cases=partial(cases.ops, "cupy")),
-    Part("step-cupy", "Steps, epochs, characters: CUDA C", 1, "cupy", 40,
+    Part("step-cupy", "Steps, epochs, characters: CUDA C", 1, "cupy", Seconds(16, 10, 40),
          cases=partial(cases.step, "cupy")),
-    Part("torch-cupy", "fastrnn.torch and fastrnn.ops", 1, "cupy", 45, cases=cases.torch,
+    Part("torch-cupy", "fastrnn.torch and fastrnn.ops", 1, "cupy", Seconds(35, 10, 45),
+         cases=cases.torch,
          absent=_needs("torch")),
-    Part("tests-cupy", "Tests on the device: CUDA C", 1, "cupy", 60, 20, tests=TESTS,
+    Part("tests-cupy", "Tests on the device: CUDA C", 1, "cupy", Seconds(55, 20, 60), tests=TESTS,
          keyword=ON_THE_DEVICE),
 
-    Part("peers-step", "Against peers: the training step", 2, "cupy", 60, 20, task="peers-step"),
-    Part("peers-recurrence", "Against peers: the recurrence", 2, "cupy", 60, 20,
+    Part("peers-step", "Against peers: the training step", 2, "cupy", Seconds(17, 20, 60),
+         task="peers-step"),
+    Part("peers-recurrence", "Against peers: the recurrence", 2, "cupy", Seconds(20, 20, 60),
          task="peers-recurrence"),
-    Part("peers-generate", "Against peers: generation", 2, "cupy", 45, 15, task="peers-generate"),
-    Part("peers-bptt", "Against peers: forward and BPTT", 2, "cupy", 60, 20,
+    Part("peers-generate", "Against peers: generation", 2, "cupy", Seconds(14, 15, 45),
+         task="peers-generate"),
+    Part("peers-bptt", "Against peers: forward and BPTT", 2, "cupy", Seconds(23, 20, 60),
          task="peers-recurrence+bptt"),
-    Part("peers-cross-entropy", "Against peers: cross entropy", 2, "cupy", 45, 15,
+    Part("peers-cross-entropy", "Against peers: cross entropy", 2, "cupy", Seconds(14, 15, 45),
          task="peers-cross_entropy"),
-    Part("tuner-cupy", "Plans", 2, "cupy", 50, 15, task="tuner"),
-    Part("large-cupy", "Ops that fit no cache: CUDA C", 2, "cupy", 60, 15,
+    Part("tuner-cupy", "Plans", 2, "cupy", Seconds(22, 15, 50), task="tuner"),
+    Part("large-cupy", "Ops that fit no cache: CUDA C", 2, "cupy", Seconds(45, 15, 60),
          cases=partial(cases.large, "cupy")),
 
-    Part("memcheck-cupy", "compute-sanitizer memcheck", 3, "cupy", 60, 15,
+    Part("memcheck-cupy", "compute-sanitizer memcheck", 3, "cupy", Seconds(30, 15, 60),
          cases=partial(cases.smoke, "cupy", sizes=cases.MEMCHECK), pool=False,
          prefix=_sanitizer("memcheck"), absent=_needs_tool("compute-sanitizer")),
-    Part("racecheck-cupy", "compute-sanitizer racecheck", 3, "cupy", 40, 15,
+    Part("racecheck-cupy", "compute-sanitizer racecheck", 3, "cupy", Seconds(18, 15, 40),
          cases=partial(cases.smoke, "cupy", sizes=cases.RACECHECK), pool=False,
          prefix=_sanitizer("racecheck"), absent=_needs_tool("compute-sanitizer")),
-    Part("device-numba-cuda", "The device: Numba CUDA", 3, "numba-cuda", 30, 5, task="device"),
-    Part("engine-numba-cuda", "Right or wrong, ops and steps: Numba CUDA", 3, "numba-cuda", 100, 30,
+    Part("device-numba-cuda", "The device: Numba CUDA", 3, "numba-cuda", Seconds(6, 5, 30),
+         task="device"),
+    Part("engine-numba-cuda", "Right or wrong, ops and steps: Numba CUDA", 3, "numba-cuda",
+         Seconds(60, 30, 100),
          cases=_numba_cuda),
-    Part("peers-compiled", "Against peers that compile for long", 3, "cupy", 60, 30,
-         task="slow-peers", absent=_device_only),
-    Part("profile-cupy", "Nsight Compute on project", 3, "cupy", 40, 20, profiler="ncu",
+    Part("profile-cupy", "Nsight Compute on project", 3, "cupy", Seconds(15, 20, 40),
+         profiler="ncu",
          absent=_needs_tool("ncu")),
+    Part("peers-compiled", "Against peers that compile for long", 3, "cupy", Seconds(18, 30, 60),
+         task="slow-peers", absent=_device_only),
 )  # fmt: skip
 
 

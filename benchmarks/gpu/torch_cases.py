@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn.torch
+from benchmarks.op_cases import bptt, hidden_states, softmax_loss
 from fastrnn import ops, reference
 from fastrnn.backend import Dims
 from tests.tolerances import relative_rms
@@ -158,24 +159,16 @@ def _ops(dims: Dims, to_device: Callable[[Any], Any], to_host: Callable[[Any], A
     grads = [dW_xh, dW_hh, db_h]
     norm = ops.clip_by_global_norm(grads, 0.01)
 
-    states = [w["h0"]]
-    for x_t in w["tokens"]:
-        states.append(np.tanh(w["W_xh"][x_t] + w["b_h"] + states[-1] @ w["W_hh"]))
-    want: dict[str, Any] = {"h": np.stack(states[1:]), "dz": np.empty_like(w["dh"])}
-    want |= {"dW_hh": np.zeros_like(w["W_hh"]), "dW_xh": np.zeros_like(w["W_xh"])}
-    back = np.zeros_like(w["h0"])
-    for t in reversed(range(dims.T)):
-        want["dz"][t] = (w["dh"][t] + back) * (1 - states[t + 1] ** 2)
-        want["dW_hh"] += states[t].T @ want["dz"][t]
-        back = want["dz"][t] @ w["W_hh"].T
+    states = hidden_states(w["W_xh"][w["tokens"]] + w["b_h"], w["W_hh"], w["h0"])
+    want = {"h": states, **bptt(w["dh"], states, w["W_hh"], w["h0"])}
+    want |= {"dW_xh": np.zeros_like(w["W_xh"]), "db_h": want["dz"].sum(axis=(0, 1))}
     np.add.at(want["dW_xh"], w["tokens"], want["dz"])
-    want |= {"dh0": back, "db_h": want["dz"].sum(axis=(0, 1))}
     clipped = {name: want[name] for name in ("dW_xh", "dW_hh", "db_h")}
     want["norm"] = np.float64(reference.clip_by_global_norm(clipped, 0.01))
-    log_p = reference.log_softmax(w["logits"])
-    gradient, at = np.exp(log_p), (*np.indices((dims.T, dims.B)), w["tokens"])
-    np.add.at(gradient, at, -1.0)
-    want |= {"loss": np.float64(-log_p[at].mean()), "dlogits": gradient / (dims.T * dims.B)}
+    losses, dlogits_want = softmax_loss(
+        w["logits"].reshape(-1, dims.V), w["tokens"].ravel(), dims.T * dims.B
+    )
+    want |= {"loss": losses.mean(), "dlogits": dlogits_want.reshape(w["logits"].shape)}
     got = {
         "h": h, "dz": dz, "dW_hh": dW_hh, "dh0": dh0, "dW_xh": dW_xh, "db_h": db_h, "loss": loss,
         "dlogits": dlogits, "norm": norm,

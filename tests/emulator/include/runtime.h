@@ -34,7 +34,7 @@ constexpr uint32_t poison_word = 0x7fffffffu;   // a NaN as float, INT_MAX as in
 // ---- failure and spinning
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void spin();                       // a thread polls memory: let the others run
-long long clock_ticks();           // nanoseconds
+long long clock_ticks();           // nanoseconds of processor time of the block
 
 // ---- block barriers; count 0 means every thread of the block that has not exited
 enum class Reduce { none, count, all, any };
