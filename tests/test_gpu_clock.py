@@ -1,4 +1,4 @@
-"""How the run on a GPU reads time, and with what words it starts sanitizers and tests."""
+"""How the run on a GPU reads time, starts sanitizers and tests, and looks for libraries."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import clock
+from benchmarks.gpu import clock, tasks
 from benchmarks.gpu.parts import ON_THE_DEVICE, PARTS, TESTS
 from benchmarks.gpu.supervisor import ROOT
+from fastrnn.backend import open_backend
+from fastrnn.backends import numba_cuda
 
 
 def replay(launch: Callable[[], Any]) -> clock.Replay:
@@ -118,3 +120,16 @@ def test_a_test_that_hangs_costs_its_own_process(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     found = gpu._junit(result)
     assert (found["tests"], found["failures"] + found["errors"]) == (2, 1)
+
+
+def test_the_probe_looks_for_libraries_where_the_numba_cuda_engine_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(numba_cuda, "nvcc_toolkit", lambda: Path("/toolkit"))
+    monkeypatch.setattr(tasks, "_library_version", lambda name: os.environ["CUDA_HOME"])
+    saved: list[tasks.Found] = []
+    found = tasks.probe(tasks.Task(saved.append, open_backend, "", toy=True))
+    assert [found[f"{name} version"] for name in ("nvrtc", "nvjitlink", "nvvm")] == ["/toolkit"] * 3
+    assert "CUDA_HOME" not in os.environ

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.gpu.clock import seconds
 from fastrnn.backend import Backend
+from fastrnn.backends.numba_cuda import toolkit_of_nvcc
 from fastrnn.bench import GPU_PEERS, GPU_SLOW_PEERS, BenchResult, run_bench
 
 COPY_BYTES = 1 << 30
@@ -85,8 +86,9 @@ def probe(task: Task) -> Found:
         except (OSError, subprocess.SubprocessError) as error:
             found[key] = f"{type(error).__name__}: {error}"
         task.save(found)
-    for name in ("nvrtc", "nvjitlink", "nvvm"):
-        found[f"{name} version"] = _library_version(name)
+    with toolkit_of_nvcc():  # as the Numba CUDA engine looks for them
+        for name in ("nvrtc", "nvjitlink", "nvvm"):
+            found[f"{name} version"] = _library_version(name)
     return found
 
 

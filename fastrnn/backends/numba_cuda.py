@@ -108,7 +108,7 @@ def load_cuda() -> Any:
     available = False
     with _opening():
         if not cuda.cuda_error():  # there is a driver library
-            with _cuda_home():
+            with toolkit_of_nvcc():
                 available = cuda.is_available()
                 if available:
                     _check_compiler(cuda)
@@ -123,7 +123,7 @@ def load_cuda() -> Any:
 
 
 @contextmanager
-def _cuda_home() -> Iterator[None]:
+def toolkit_of_nvcc() -> Iterator[None]:
     """``CUDA_HOME`` for as long as libraries are looked for: the toolkit of ``nvcc``.
 
     Packages and the system's loader come first; a variable that is set is left alone.
