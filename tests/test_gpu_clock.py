@@ -8,13 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import clock, tasks
 from benchmarks.gpu.parts import ON_THE_DEVICE, PARTS, TESTS
 from benchmarks.gpu.supervisor import ROOT
@@ -96,30 +94,6 @@ def test_the_tests_of_the_cuda_c_engine_are_those_that_work_on_the_device() -> N
     assert others
     assert all("::test_on_a_gpu[" in line for line in others)
     assert not [line for line in chosen if "sm_" in line]
-
-
-def test_a_test_that_hangs_costs_its_own_process(tmp_path: Path) -> None:
-    """A wait in C, to which no signal gets through, and then a test that passes."""
-    (tmp_path / "test_hangs.py").write_text(
-        "import ctypes\n"
-        "def test_hangs():\n"
-        "    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock\n"
-        "    lock(mutex)\n"
-        "    lock(mutex)\n"
-        "def test_passes(): pass\n"
-    )
-    part = replace(
-        next(part for part in PARTS if part.name == "tests-cupy"),
-        tests=[str(tmp_path / "test_hangs.py")], keyword="test",
-    )  # fmt: skip
-    result = tmp_path / "result.tmp"
-    command = gpu._command(part, result, tmp_path / "work.tmp", None)
-    command[command.index(f"--timeout={gpu.TEST_LIMIT:g}")] = "--timeout=2"
-    command[command.index("6")] = "1"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1, done.stdout + done.stderr
-    found = gpu._junit(result)
-    assert (found["tests"], found["failures"] + found["errors"]) == (2, 1)
 
 
 def test_the_probe_looks_for_libraries_where_the_numba_cuda_engine_does(
