@@ -243,16 +243,19 @@ def supervised(
 ) -> tuple[CaseRun, dict[tuple[str, str], dict[str, Any]]]:
     """Run cases on NumPy with what ``opener`` in ``opened.py`` makes of it."""
     (folder / "opened.py").write_text(
-        "import os, time\nfrom fastrnn.backends.numpy_ import NumpyBackend\n"
+        "import atexit, os, time\nfrom fastrnn.backends.numpy_ import NumpyBackend\n"
         "class Broken(NumpyBackend):\n"
         "    def sgd(self, *a): time.sleep(600)\n"
         "    def gather(self, *a, **k): os.kill(os.getpid(), 11)\n"
+        "    def clip_by_global_norm(self, *a, **k):\n        atexit.register(time.sleep, 600)\n"
+        "        return super().clip_by_global_norm(*a, **k)\n"
         "    def sync(self):\n        if self.lost: raise RuntimeError('illegal address')\n"
         "    lost = False\n"
         "    def project(self, *a, **k):\n"
         "        self.lost = True\n        raise RuntimeError('illegal address')\n"
         "def broken(name): return Broken()\n"
         "def absent(name): raise ImportError('no such library')\n"
+        "def silent(name): print('gone'), os._exit(0)\n"
     )
     with (folder / "log").open("ab") as log:
         made = CaseRun(
@@ -294,12 +297,37 @@ def test_a_lost_context_is_left_behind(tmp_path: Path) -> None:
     assert made.exits == [3, 0]
 
 
-def test_what_cannot_be_opened_ends_soon_and_says_why(tmp_path: Path) -> None:
-    made, rows = supervised(tmp_path, [case("sgd", size) for size in "abcdef"], "absent")
+@pytest.mark.parametrize("opener", ["absent", "silent"])
+def test_what_cannot_be_opened_ends_soon_and_says_why(opener: str, tmp_path: Path) -> None:
+    todo = [case(op, size) for size in "ab" for op in OPS]
+    made, rows = supervised(tmp_path, todo, opener)
     assert len(made.exits) == 2
-    assert rows["sgd", "a"]["status"] == "crashed"
-    assert "no such library" in rows["sgd", "a"]["reason"]
-    assert rows["sgd", "f"]["status"] == "skipped"
+    why = "no such library" if opener == "absent" else "exit status 0: gone"
+    first, *rest = rows.values()
+    assert first["status"] == "crashed"
+    assert why in first["reason"]
+    assert {row["status"] for row in rest} == {"skipped"}
+    assert why in rest[0]["reason"]
+
+
+def test_a_process_that_does_not_end_after_its_last_row_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "EXIT_LIMIT", 1.0)
+    begin = time.monotonic()
+    made, rows = supervised(tmp_path, [case("clip_by_global_norm")], "broken", limit=50.0)
+    assert time.monotonic() - begin < 40
+    assert rows["clip_by_global_norm", "odd"]["status"] == "right"
+    assert made.exits == [-signal.SIGKILL]
+
+
+def test_a_killed_process_that_does_not_go_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "END_LIMIT", 0.2)
+    monkeypatch.setattr(os, "killpg", lambda *arguments: None)  # as if the driver kept it
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        supervisor.end(process)
+        assert process.poll() is None
+        process.kill()
 
 
 def test_rows_are_skipped_when_the_time_is_up(tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ from benchmarks.gpu.worker import CONTEXT_LOST, encode, key_of
 ROOT = Path(__file__).resolve().parent.parent.parent
 POLL = 0.05
 START_LIMIT = 60.0
-"""Seconds that a process may take until its first row: imports, the device, the first kernels."""
+"""Seconds that a process may take until it begins its first case: imports, the device."""
+EXIT_LIMIT = 15.0
+"""Seconds that it may take to end after its last."""
+END_LIMIT = 10.0
+"""Seconds for which the end of a killed process is awaited: a driver that hangs keeps it."""
 FATAL = 2
 """So many processes an op may end."""
 
@@ -55,7 +59,8 @@ def end(process: subprocess.Popen[bytes], ask: bool = False) -> None:
             process.wait(timeout=0.5)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=END_LIMIT)
 
 
 def run_command(
@@ -102,7 +107,7 @@ class CaseRun:
         self.log, self.deadline, self.row_limit = log, deadline, row_limit
         self.stand_in, self.prefix, self.pool = stand_in, prefix, pool
         self.env, self.on_row = environment(**(env or {})), on_row
-        self.exits: list[int | None] = []
+        self.exits: list[int] = []
         self._fatal: Counter[tuple[str, str]] = Counter()
         self._heard, self._barren = False, 0  # of the last process; such ones in a row
 
@@ -136,11 +141,13 @@ class CaseRun:
                     begun, why = self._follow(process, stream)
             finally:
                 end(process)
-        self.exits.append(process.returncode)
+        code = process.returncode if process.returncode is not None else -signal.SIGKILL
+        self.exits.append(code)
         self._barren = 0 if self._heard else self._barren + 1
-        if not self.todo or (begun is None and process.returncode in (0, CONTEXT_LOST)):
+        told = begun is None and code in (0, CONTEXT_LOST)
+        if not self.todo or (told and self._heard):
             return
-        reason = why or f"{_status(process.returncode)}: {last_line(self.log, at)}"
+        reason = why or f"{_status(code)}: {last_line(self.log, at)}"
         if self._barren >= FATAL:
             self._skip(list(self.todo), f"no process got to its first case: {reason}")
         elif time.monotonic() >= self.deadline:
@@ -160,10 +167,11 @@ class CaseRun:
             while "\n" in buffer:
                 line, _, buffer = buffer.partition("\n")
                 event, last, self._heard = json.loads(line), time.monotonic(), True
+                limit = self.row_limit
                 if "begin" in event:
                     begun = Key(*event["begin"])
                 else:
-                    begun, limit = None, self.row_limit
+                    begun = None
                     self._take(event["row"], fatal=event["lost"])
             if ended:
                 return begun, ""
@@ -171,6 +179,8 @@ class CaseRun:
             if self.todo and now >= self.deadline:
                 end(process, ask=True)
                 return begun, "the time of its part was up"
+            if not self.todo:
+                limit = min(limit, EXIT_LIMIT)
             if now - last > limit:
                 end(process, ask=True)
                 return begun, f"hung: no end within {limit:.0f} s"

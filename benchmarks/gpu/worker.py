@@ -108,9 +108,9 @@ def run_cases(work: dict[str, Any], events: TextIO) -> int:
     if not work["pool"]:
         keep_no_memory()
     for case in map(decode, work["cases"]):
+        backend = opened(case.backend)  # what cannot be opened is the fault of no case
         print(f"{MARK}{case.key}", flush=True)
         emit(begin=case.key)
-        backend = opened(case.backend)
         row = run_case(backend, case)
         lost = row["status"] == "crashed" and not recovered(backend)
         emit(row=row, lost=lost)
