@@ -246,6 +246,7 @@ def supervised(
         "import atexit, os, time\nfrom fastrnn.backends.numpy_ import NumpyBackend\n"
         "class Broken(NumpyBackend):\n"
         "    def sgd(self, *a): time.sleep(600)\n"
+        "    def recurrence(self, *a, **k):\n        while True: print('x' * 10_000)\n"
         "    def gather(self, *a, **k): os.kill(os.getpid(), 11)\n"
         "    def clip_by_global_norm(self, *a, **k):\n        atexit.register(time.sleep, 600)\n"
         "        return super().clip_by_global_norm(*a, **k)\n"
@@ -387,24 +388,152 @@ def test_a_process_that_fails_hangs_or_dies_costs_only_its_part(
     assert not (tmp_path / "late").exists(), "a child of a stopped part lives on"
 
 
-def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path) -> None:
+def processes_with(mark: str) -> list[str]:
+    """Those in whose environment ``FASTRNN_TEST_MARK`` is ``mark``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"FASTRNN_TEST_MARK={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(f"{folder.name}: {(folder / 'cmdline').read_text()}")
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
     require_emulator()
+    out, mark = tmp_path / "out", f"{tmp_path}"
     command = [sys.executable, "-m", "benchmarks.gpu", "--emulate", "--only", "smoke-cupy",
-               "--out", str(tmp_path)]  # fmt: skip
-    with subprocess.Popen(command, cwd=supervisor.ROOT, stderr=subprocess.DEVNULL) as process:
+               "--out", str(out)]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=supervisor.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env={**os.environ, "FASTRNN_TEST_MARK": mark}, text=True,
+    ) as process:  # fmt: skip
         for _ in range(600):
             time.sleep(0.1)
-            parts = stored(tmp_path)["parts"] if (tmp_path / "gpu.json").exists() else {}
+            parts = stored(out)["parts"] if (out / "gpu.json").exists() else {}
             if len(parts.get("smoke-cupy", {}).get("result", {}).get("rows", [])) > 2:
                 break
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 143
-    outcome = stored(tmp_path)["parts"]["smoke-cupy"]
+        assert len(processes_with(mark)) >= 2, "the run and its worker"
+        process.send_signal(sent)
+        time.sleep(0.01)
+        process.send_signal(sent)  # timeout(1) sends its signal to the process and to the group
+        printed, _ = process.communicate(timeout=20)
+    outcome = stored(out)["parts"]["smoke-cupy"]
     assert outcome["status"] == "stopped"
     assert len(outcome["result"]["rows"]) > 2
-    time.sleep(0.5)
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in listed
+    deadline = time.monotonic() + 20  # a compiler that the killed worker had started may finish
+    while processes_with(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_with(mark) == []
+    if sent != signal.SIGKILL:
+        assert process.returncode == 128 + sent
+        assert "the run was ended" in printed
+        assert "the run was ended" in (out / "gpu.md").read_text()
+        assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "gpu.log", "gpu.md"]
+
+
+def test_what_a_task_had_found_is_kept_when_the_run_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gpu, "_command", lambda part, result, *_: [sys.executable, "-c", part.task, str(result)]
+    )
+    code = f"{WRITES} import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(9)"
+    made = gpu.Run(tmp_path)
+    chosen: Any = [(python_part("tuner", code), []), (python_part("next", WRITES), [])]
+    before = {each: signal.getsignal(each) for each in gpu.ENDING}
+    try:
+        assert gpu._run_and_tell(made, chosen, None) == 143
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    found = stored(tmp_path)["parts"]
+    assert set(found) == {"tuner"}
+    assert found["tuner"]["result"] == {"found": 7}
+    assert found["tuner"]["reason"] == "the run was ended"
+
+
+def test_every_row_is_stored_as_soon_as_it_is_there(tmp_path: Path) -> None:
+    """The last one before a long row too."""
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom fastrnn.backends.numpy_ import NumpyBackend\n"
+        "class Slow(NumpyBackend):\n    def sgd(self, *a): time.sleep(4)\n"
+        "def opened(name): return Slow()\n"
+    )
+    todo = [case("gather"), case("project"), case("sgd")]
+    part = Part("smoke-cupy", "", 1, "cupy", 30.0, 1.0, cases=lambda toy: todo)
+    made = gpu.Run(tmp_path / "out", "slow:opened", row_limit=2.0)
+    seen: list[int] = []
+    save = made.save
+
+    def noted(markdown: bool = True) -> record.Record:
+        joined = save(markdown)
+        rows = stored(tmp_path / "out")["parts"]["smoke-cupy"].get("result", {}).get("rows", [])
+        seen.append(len(rows))
+        return joined
+
+    made.save = noted  # type: ignore[method-assign]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        made.run([(part, todo)], None)
+    assert seen == [1, 2, 3, 3]
+
+
+def test_a_flood_of_output_ends_its_process_and_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gpu, "_command", lambda part, result, *_: [sys.executable, "-c", part.task, str(result)]
+    )
+    monkeypatch.setattr(supervisor, "PRINTED_LIMIT", 1 << 20)
+    monkeypatch.setattr(gpu, "LOG_BYTES", 1 << 16)
+    flood = f"{WRITES}\nwhile True: sys.stdout.buffer.write(bytes(range(256)) * 1000)"
+    made = gpu.Run(tmp_path)
+    parts = [python_part("loud", flood), python_part("next", WRITES + "print('still there')")]
+    made.run([(part, []) for part in parts], None)
+    found = stored(tmp_path)["parts"]
+    assert found["loud"]["status"] == "stopped"
+    assert "it printed more than" in found["loud"]["reason"]
+    assert found["loud"]["result"] == {"found": 7}
+    assert found["next"]["status"] == "ok"
+    text = (tmp_path / "gpu.log").read_bytes()
+    assert len(text) < 1 << 17
+    assert b"bytes left out" in text
+    assert text.endswith(b"still there\n")
+
+
+def test_a_row_that_floods_the_log_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "PRINTED_LIMIT", 1 << 20)
+    _, rows = supervised(tmp_path, [case("recurrence"), case("cross_entropy")], "broken")
+    assert rows["recurrence", "odd"]["status"] == "crashed"
+    assert "it printed more than" in rows["recurrence", "odd"]["reason"]
+    assert rows["cross_entropy", "odd"]["status"] == "right"
+
+
+def test_a_full_disk_and_a_failing_supervisor_cost_a_part_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = gpu.Run(tmp_path)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "save", full)
+    monkeypatch.setattr(gpu, "_command", lambda part, *_: 1 / 0 if part.name == "bad" else ["true"])
+    chosen: Any = [(python_part("bad", ""), []), (BY_NAME["probe"], [])]
+    assert gpu._run_and_tell(made, chosen, None) == 1
+    told = capsys.readouterr()
+    assert "No space left on device" in told.err
+    assert made.found["parts"]["bad"]["reason"] == "ZeroDivisionError: division by zero"
+    assert made.found["parts"]["probe"]["status"] == "ok"
+    assert "Versions and tools" in told.out
 
 
 # --- The record ----------------------------------------------------------------------------------
@@ -462,6 +591,43 @@ def test_records_of_different_devices_are_not_joined() -> None:
     other = {**MACHINE, "gpus": [{"name": "NVIDIA H200", "driver": "1"}]}
     with pytest.raises(ValueError, match=r"different GPUs cannot be joined.*H100.*H200"):
         record.join(one, {**one, "machine": other})
+
+
+def test_what_is_not_finite_is_null_and_strict_json(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = [row("gather", "wrong", errors={"z": [nan, 1e-8], "h": [inf, None]}), row("sgd")]
+    record.save(made_record(rows, "1"), tmp_path)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (tmp_path / "gpu.json").read_text()
+    found = json.loads(text, parse_constant=refuse)
+    stored_rows = found["parts"]["smoke-cupy"]["result"]["rows"]
+    assert stored_rows[0]["errors"] == {"z": [None, 1e-8], "h": [None, None]}
+    assert "gather, odd: wrong: why" in report.markdown(found)
+    found["parts"]["ops-cupy"] = found["parts"]["smoke-cupy"]
+    assert "not measured" in report.markdown(found)
+
+
+def test_two_runs_do_not_write_into_one_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with record.alone(tmp_path):
+        assert gpu.main(["--emulate", "--only", "probe", "--out", str(tmp_path)]) == 2
+        assert f"{tmp_path}: another run writes there" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert gpu.main(["--emulate", "--only", "probe", "--out", str(tmp_path)]) == 0
+
+
+def test_a_choice_of_nothing_and_a_folder_that_is_a_file_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--emulate", "--stage", "2", "--only", "smoke", "--out", str(tmp_path)]) == 2
+    assert "nothing to run: no part of those stages" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert gpu.main(["--emulate", "--only", "probe", "--out", str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
 
 
 def test_merge_joins_folders_and_draws_the_report(tmp_path: Path) -> None:

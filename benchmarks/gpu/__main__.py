@@ -33,7 +33,7 @@ from typing import IO, Any
 from benchmarks.gpu import record, report
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.parts import PARTS, ROW_LIMIT, STAGE_SECONDS, Part, Selection
-from benchmarks.gpu.supervisor import CaseRun, environment, last_line, run_command
+from benchmarks.gpu.supervisor import CaseRun, environment, last_line, run_command, trim
 from benchmarks.gpu.tasks import findings, tool
 from benchmarks.gpu.worker import MARK
 from benchmarks.report import RESULTS
@@ -41,6 +41,8 @@ from fastrnn.bench import commit, machine, machine_slug
 
 STAND_INS = "tests.gpu_stand_ins:open_stand_in"
 STAND_IN_PATIENCE = 10.0
+LOG_BYTES = 1 << 20
+"""Of the log that are kept of a part: its beginning and its end."""
 
 
 @dataclass
@@ -63,8 +65,8 @@ class Run:
             "emulated": self.stand_in is not None,
             "parts": {},
         }
-        self.saved = 0.0
-        self.save()  # a folder that cannot be written or joined is noticed before anything runs
+        # A folder that cannot be written or joined is noticed before anything runs.
+        record.save(record.join(self.before, self.found), self.out)
 
     @property
     def patience(self) -> float:
@@ -73,15 +75,12 @@ class Run:
 
     def save(self, markdown: bool = True) -> record.Record:
         joined = record.join(self.before, self.found)
-        record.save(joined, self.out)
-        if markdown:
-            try:
-                text = report.markdown(joined)
-            except Exception:  # figures are not lost for a table's sake
-                text = f"```\n{traceback.format_exc()}```\n"
-                print(text, file=sys.stderr)
-            (self.out / record.MARKDOWN).write_text(text, encoding="utf-8")
-        self.saved = time.monotonic()
+        try:
+            record.save(joined, self.out)
+            if markdown:
+                (self.out / record.MARKDOWN).write_text(_drawn(joined), encoding="utf-8")
+        except OSError as error:  # what is measured is printed at the end, and may be kept later
+            print(f"{self.out}: {error}", file=sys.stderr, flush=True)
         return joined
 
     def run(self, parts: Sequence[tuple[Part, list[Case]]], minutes: float | None) -> None:
@@ -107,19 +106,28 @@ class Run:
             outcome |= {"status": "skipped", "reason": reason}
         else:
             print(f"{part.title} …", file=sys.stderr, flush=True)
-            with (self.out / record.LOG).open("ab") as log:
-                log.write(f"\n===== {part.name}: {part.title}, {_now()}\n".encode())
-                log.flush()
-                at = log.tell()
-                outcome["status"] = "stopped"  # until it has ended
-                limit = min(part.limit * self.patience, left)
-                if part.cases:
-                    self._cases(part, cases, outcome, log, limit)
-                else:
-                    self._process(part, outcome, log, limit)
-                if outcome["status"] == "failed" and "reason" not in outcome:
-                    outcome["reason"] = last_line(log, at)
-            outcome["seconds"] = round(time.monotonic() - begin, 1)
+            outcome["status"] = "stopped"  # until it has ended
+            try:
+                with (self.out / record.LOG).open("ab", buffering=0) as log:
+                    with contextlib.suppress(OSError):  # a full disk
+                        log.write(f"\n===== {part.name}: {part.title}, {_now()}\n".encode())
+                    at = log.tell()
+                    limit = min(part.limit * self.patience, left)
+                    if part.cases:
+                        self._cases(part, cases, outcome, log, limit)
+                    else:
+                        self._process(part, outcome, log, limit)
+                    if outcome["status"] == "failed" and "reason" not in outcome:
+                        outcome["reason"] = last_line(log, at)
+                    trim(log, at, LOG_BYTES)
+            except SystemExit:
+                outcome["reason"] = "the run was ended"
+                raise
+            except Exception as error:  # the other parts go on
+                traceback.print_exc()
+                outcome |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+            finally:
+                outcome["seconds"] = round(time.monotonic() - begin, 1)
         self.save()
 
     def _cases(
@@ -133,8 +141,7 @@ class Run:
             if row["status"] in ("wrong", "crashed"):
                 print(f"  {row['op']}, {row['size']}: {row['status']}: {row['reason']}",
                       file=sys.stderr, flush=True)  # fmt: skip
-            if time.monotonic() - self.saved > 1.0:
-                self.save(markdown=False)
+            self.save(markdown=False)
 
         at = log.tell()
         run = CaseRun(
@@ -156,22 +163,19 @@ class Run:
         work = result.with_suffix(".work.tmp")
         at = log.tell()
         try:
-            code, _ = run_command(
+            code, why = run_command(
                 _command(part, result, work, self.stand_in), log, limit,
                 environment(**self._env(part)),
             )  # fmt: skip
-            if result.exists():
-                with contextlib.suppress(ValueError, ET.ParseError):
-                    outcome["result"] = (
-                        _junit(result) if part.tests else json.loads(result.read_text())
-                    )
-        finally:
-            for leftover in self.out.glob(f"{part.name}*.tmp"):
-                leftover.unlink()
+        finally:  # what it had found counts however the run ends
+            with contextlib.suppress(OSError, ValueError, ET.ParseError):
+                outcome["result"] = _junit(result) if part.tests else json.loads(result.read_text())
+            for leftover in (*self.out.glob(f"{part.name}*.tmp"), result.with_suffix(".partial")):
+                leftover.unlink(missing_ok=True)
         if part.profiler:
             outcome["result"] = {"text": _text_since(log, at)[-6000:]}
         if code is None:
-            outcome |= {"status": "stopped", "reason": f"no end within {limit:.0f} s"}
+            outcome |= {"status": "stopped", "reason": why}
         elif code == 0:
             outcome["status"], reason = report.verdict(outcome.get("result", {}))
             outcome |= {"reason": reason} if reason else {}
@@ -186,6 +190,16 @@ class Run:
         elif part.backend == "numba-cuda":
             env["NUMBA_ENABLE_CUDASIM"] = "1"
         return env
+
+
+def _drawn(joined: record.Record) -> str:
+    """The report, or why there is none: figures are not lost for a table's sake."""
+    try:
+        return report.markdown(joined)
+    except Exception:
+        text = f"```\n{traceback.format_exc()}```\n"
+        print(text, file=sys.stderr)
+        return text
 
 
 def _command(part: Part, result: Path, work: Path, stand_in: str | None) -> list[str]:
@@ -297,7 +311,7 @@ def merge(folders: Sequence[Path], out: Path | None) -> Path:
             if path.exists():
                 log.write(path.read_bytes())
     record.save(joined, target)
-    (target / record.MARKDOWN).write_text(report.markdown(joined), encoding="utf-8")
+    (target / record.MARKDOWN).write_text(_drawn(joined), encoding="utf-8")
     return target
 
 
@@ -326,6 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stand_in = options.emulate is not None
         selection = Selection(options.stage, options.only, options.backend, stand_in)
         chosen = selection.parts()
+        if not chosen:
+            raise ValueError("nothing to run: no part of those stages and backends has such rows")
         if options.list:
             for part, cases in chosen:
                 rows = f", {len(cases)} rows" if part.cases else ""
@@ -335,18 +351,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not about["gpus"] and not stand_in:
             print("no NVIDIA GPU found: nvidia-smi lists none; --emulate tries the run without one")
             return 2
-        run = Run(options.out or RESULTS / machine_slug(about), options.emulate, options.row_limit)
+        out = options.out or RESULTS / machine_slug(about)
+        out.mkdir(parents=True, exist_ok=True)
+        with record.alone(out):
+            run = Run(out, options.emulate, options.row_limit)
+            return _run_and_tell(run, chosen, options.minutes)
     except (ValueError, OSError) as error:
         print(f"python -m benchmarks.gpu: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the parts' processes too
-    run.run(chosen, options.minutes)
+
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _end_once(number: int, frame: Any) -> None:
+    """Unwind, which ends the processes of a part; ``timeout`` sends its signal twice."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def _run_and_tell(run: Run, chosen: list[tuple[Part, list[Case]]], minutes: float | None) -> int:
+    """Run the parts and print what became of them, also when a signal ends the run."""
+    before = {each: signal.signal(each, _end_once) for each in ENDING}
+    stopped = 0
+    try:
+        run.run(chosen, minutes)
+    except SystemExit as stop:
+        stopped = int(stop.code or 0)
     joined = run.save()
-    names = [part.name for part, _ in chosen]
+    names = [part.name for part, _ in chosen if part.name in joined["parts"]]
     print("\n".join(report.short(joined, names)))
     print(f"\n{run.out / record.MARKDOWN}")
+    for each, handler in before.items() if not stopped else ():
+        signal.signal(each, handler)
     ended = [joined["parts"][name]["status"] for name in names]
-    return 0 if all(status in ("ok", "absent") for status in ended) else 1
+    return stopped or (0 if all(status in ("ok", "absent") for status in ended) else 1)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,12 @@ where there are any errors, seconds, FLOP, bytes and the reason.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterable
+import math
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +50,42 @@ def load(folder: Path) -> Record | None:
 
 
 def save(record: Record, folder: Path) -> None:
-    """Write the record so that an interruption leaves the old one or the new one."""
+    """Write the record so that an interruption, or a full disk, leaves the old one or the new one.
+
+    A number that is not finite is null: JSON has none.
+    """
+    text = json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False)
     partial = folder / f"{JSON}.tmp"
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / JSON)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(folder / JSON)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, to the end of the block or of the process.
+
+    Raises:
+        ValueError: another run writes there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"{folder}: another run writes there") from error
+    finally:
+        os.close(handle)
 
 
 def join(old: Record | None, new: Record) -> Record:

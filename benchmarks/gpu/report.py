@@ -196,7 +196,8 @@ def worst_error(row: Row) -> float | None:
 
 def error_ratio(row: Row) -> float | None:
     """The largest error as a multiple of plain float32's on the same inputs."""
-    ratios = [ours / plain for ours, plain in row.get("errors", {}).values() if plain]
+    found = row.get("errors", {}).values()
+    ratios = [ours / plain for ours, plain in found if ours is not None and plain]
     return max(ratios, default=None)
 
 

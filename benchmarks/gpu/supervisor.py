@@ -8,6 +8,7 @@ has ended two processes is not tried at further sizes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -31,6 +32,13 @@ EXIT_LIMIT = 15.0
 """Seconds that it may take to end after its last."""
 END_LIMIT = 10.0
 """Seconds for which the end of a killed process is awaited: a driver that hangs keeps it."""
+PRINTED_LIMIT = 16 << 20
+"""Bytes that a process may print."""
+_TALKATIVE = f"it printed more than {PRINTED_LIMIT >> 20} MiB"
+TAIL = 1 << 18
+"""Bytes of the log in which the last line is looked for."""
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 FATAL = 2
 """So many processes an op may end."""
 
@@ -43,11 +51,21 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", **more}
 
 
+def _end_with_supervisor() -> None:
+    """In a new process: have Linux kill it when the supervisor is killed."""
+    with contextlib.suppress(AttributeError):
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _printed(log: IO[bytes]) -> int:
+    return os.fstat(log.fileno()).st_size
+
+
 def start(command: Sequence[str], log: IO[bytes], env: dict[str, str]) -> subprocess.Popen[bytes]:
     """A process in a session of its own, so that it can be ended with all that it starts."""
     return subprocess.Popen(
         list(command), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL, start_new_session=True,
+        stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_supervisor,
     )  # fmt: skip
 
 
@@ -65,14 +83,18 @@ def end(process: subprocess.Popen[bytes], ask: bool = False) -> None:
 
 def run_command(
     command: Sequence[str], log: IO[bytes], limit: float, env: dict[str, str]
-) -> tuple[int | None, float]:
-    """Run to the end or the limit: the exit status (None: stopped) and seconds."""
-    begin = time.monotonic()
+) -> tuple[int | None, str]:
+    """Run to the end or the limit: the exit status (None: stopped), and why it was stopped."""
+    at, deadline = log.tell(), time.monotonic() + limit
     process = start(command, log, env)
     try:
-        return process.wait(timeout=limit), time.monotonic() - begin
-    except subprocess.TimeoutExpired:
-        return None, time.monotonic() - begin
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=POLL), ""
+            if time.monotonic() >= deadline:
+                return None, f"no end within {limit:.0f} s"
+            if _printed(log) - at > PRINTED_LIMIT:
+                return None, _TALKATIVE
     finally:
         end(process, ask=process.poll() is None)
 
@@ -138,7 +160,7 @@ class CaseRun:
             process = start(command, self.log, self.env)
             try:
                 with events.open(encoding="utf-8") as stream:
-                    begun, why = self._follow(process, stream)
+                    begun, why = self._follow(process, stream, at)
             finally:
                 end(process)
         code = process.returncode if process.returncode is not None else -signal.SIGKILL
@@ -156,7 +178,9 @@ class CaseRun:
             case = self.todo[begun] if begun else next(iter(self.todo.values()))
             self._take(self._row(case, "crashed", reason), fatal=True)
 
-    def _follow(self, process: subprocess.Popen[bytes], stream: IO[str]) -> tuple[Key | None, str]:
+    def _follow(
+        self, process: subprocess.Popen[bytes], stream: IO[str], at: int
+    ) -> tuple[Key | None, str]:
         """Take the rows of a process until it ends or must be ended: what it was at, and why."""
         begun: Key | None = None
         last, limit, buffer = time.monotonic(), max(START_LIMIT, self.row_limit), ""
@@ -179,6 +203,9 @@ class CaseRun:
             if self.todo and now >= self.deadline:
                 end(process, ask=True)
                 return begun, "the time of its part was up"
+            if _printed(self.log) - at > PRINTED_LIMIT:
+                end(process)
+                return begun, _TALKATIVE
             if not self.todo:
                 limit = min(limit, EXIT_LIMIT)
             if now - last > limit:
@@ -220,8 +247,21 @@ def last_line(log: IO[bytes], at: int) -> str:
     """The last line that was printed since ``at``."""
     log.flush()
     with open(log.name, "rb") as reader:
-        reader.seek(at)
+        reader.seek(max(at, _printed(log) - TAIL))
         lines = reader.read().decode(errors="replace").splitlines()
     fatal = [line for line in lines if line.startswith("Fatal Python error")]
     told = fatal or [line for line in lines if line.strip()]
     return told[-1].strip()[:300] if told else "no message"
+
+
+def trim(log: IO[bytes], at: int, most: int) -> None:
+    """Cut the middle out of what was printed since ``at``, where it is more than ``most`` bytes."""
+    size = _printed(log)
+    if size - at <= most:
+        return
+    with open(log.name, "rb") as reader:
+        reader.seek(size - most // 2)
+        tail = reader.read()
+    os.ftruncate(log.fileno(), at + most // 2)
+    log.write(f"\n===== {size - at - most} bytes left out\n".encode() + tail)
+    log.flush()
