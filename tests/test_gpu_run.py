@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import cases, record, report, supervisor, tasks
+from benchmarks.gpu import cases, parts, record, report, supervisor, tasks
 from benchmarks.gpu.cases import Case, Key
 from benchmarks.gpu.parts import PARTS, STAGE_SECONDS, Part, Selection
 from benchmarks.gpu.supervisor import CaseRun
@@ -455,6 +455,47 @@ def test_what_a_task_had_found_is_kept_when_the_run_is_ended(
     assert set(found) == {"tuner"}
     assert found["tuner"]["result"] == {"found": 7}
     assert found["tuner"]["reason"] == "the run was ended"
+
+
+def test_tests_that_hang_or_are_stopped_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs costs its process; where pytest is stopped, its lines tell what it had."""
+    (tmp_path / "test_some.py").write_text(
+        "import ctypes, time\ndef test_right(): pass\ndef test_wrong(): assert False\n"
+        "def test_stuck():\n    while True: ctypes.CDLL(None).pause()\n"
+        "def test_long(): time.sleep(500)\n"
+    )
+    monkeypatch.setattr(gpu, "TEST_LIMIT", 3)
+    real = gpu._command
+
+    def few(*arguments: Any) -> list[str]:
+        command = real(*arguments)
+        command[command.index("-n") + 1] = "2"
+        return command
+
+    monkeypatch.setattr(gpu, "_command", few)
+    monkeypatch.setattr(gpu.Run, "_env", lambda self, part: {})
+    made = gpu.Run(tmp_path / "out")
+    part = Part("tests-cupy", "", 1, "cupy", 60.0, 1.0, tests=[str(tmp_path / "test_some.py")],
+                keyword="not long")  # fmt: skip
+    made.part(part, [], time.monotonic() + 60)
+    monkeypatch.setattr(gpu, "TEST_LIMIT", 500)
+    later = replace(part, name="later", keyword="not stuck", limit=12.0)
+    made.part(later, [], time.monotonic() + 60)
+    found = made.found["parts"]
+    assert found["tests-cupy"]["status"] == "failed"
+    assert len(found["tests-cupy"]["result"]["failed"]) == 2
+    assert "test_stuck" in str(found["tests-cupy"]["result"]["failed"])
+    assert found["later"]["status"] == "stopped"
+    assert found["later"]["result"]["tests"] == 2
+    assert [name.split("::")[1] for name in found["later"]["result"]["failed"]] == ["test_wrong"]
+
+
+def test_what_a_part_needs_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "find_spec", lambda name: None if name == "xdist" else name)
+    assert BY_NAME["tests-cupy"].absent(False) == "not installed: xdist"
+    assert BY_NAME["torch-cupy"].absent(False) is None
 
 
 def test_every_row_is_stored_as_soon_as_it_is_there(tmp_path: Path) -> None:

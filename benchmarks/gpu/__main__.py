@@ -19,11 +19,13 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +43,8 @@ from fastrnn.bench import commit, machine, machine_slug
 
 STAND_INS = "tests.gpu_stand_ins:open_stand_in"
 STAND_IN_PATIENCE = 10.0
+TEST_LIMIT = 20
+"""Seconds that a test on the device may take."""
 LOG_BYTES = 1 << 20
 """Of the log that are kept of a part: its beginning and its end."""
 
@@ -169,7 +173,11 @@ class Run:
             )  # fmt: skip
         finally:  # what it had found counts however the run ends
             with contextlib.suppress(OSError, ValueError, ET.ParseError):
-                outcome["result"] = _junit(result) if part.tests else json.loads(result.read_text())
+                outcome["result"] = (
+                    _tests(result, _text_since(log, at))
+                    if part.tests
+                    else json.loads(result.read_text())
+                )
             for leftover in (*self.out.glob(f"{part.name}*.tmp"), result.with_suffix(".partial")):
                 leftover.unlink(missing_ok=True)
         if part.profiler:
@@ -210,8 +218,10 @@ def _command(part: Part, result: Path, work: Path, stand_in: str | None) -> list
             return [*python, "pytest", "-q", "-p", "no:cacheprovider", "-n", "0",
                     f"--junitxml={result}", "tests/test_step.py", "-k",
                     "sm_90 and smallest and carried and not late"]  # fmt: skip
-        return [*python, "pytest", "-q", "-p", "no:cacheprovider", "-n", "6",
-                f"--junitxml={result}", *part.tests, "-k", part.keyword]  # fmt: skip
+        # A test that hangs ends its process, which xdist replaces; -v names each as it ends.
+        return [*python, "pytest", "-v", "-p", "no:cacheprovider", "-n", "6",
+                f"--timeout={TEST_LIMIT}", "--timeout-method=thread", f"--junitxml={result}",
+                *part.tests, "-k", part.keyword]  # fmt: skip
     if part.profiler:
         case = next(
             case
@@ -267,8 +277,21 @@ def _blame(rows: list[dict[str, Any]], found: dict[str, str]) -> None:
         rows[0] |= {"status": "wrong", "reason": f"{where}: {what}"}
 
 
-def _junit(path: Path) -> dict[str, Any]:
-    """Counts, and the names of the tests that failed."""
+def _tests(path: Path, printed: str) -> dict[str, Any]:
+    """Counts, and the names of the tests that failed.
+
+    Args:
+        path: the report of pytest, which it writes at its end. printed: the lines of its workers,
+            by which it goes where that is missing.
+    """
+    if not path.exists():
+        ended = re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (.+?) *$", printed, re.MULTILINE)
+        of = Counter(word for word, _ in ended)
+        failed = [name for word, name in ended if word in ("FAILED", "ERROR")]
+        return {
+            "tests": len(ended), "failures": of["FAILED"], "errors": of["ERROR"],
+            "skipped": of["SKIPPED"], "failed": failed,
+        }  # fmt: skip
     suite = next(ET.parse(path).getroot().iter("testsuite"))
     failed = [
         f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"

@@ -63,11 +63,10 @@ def _device_only(stand_in: bool) -> str | None:
     return "it needs a device" if stand_in else None
 
 
-def _needs(module: str, stand_in_too: bool = True) -> Absent:
+def _needs(*modules: str) -> Absent:
     def absent(stand_in: bool) -> str | None:
-        if stand_in and not stand_in_too:
-            return "it needs a device"
-        return None if find_spec(module) else f"{module} is not installed"
+        missing = [module for module in modules if find_spec(module) is None]
+        return f"not installed: {', '.join(missing)}" if missing else None
 
     return absent
 
@@ -111,7 +110,8 @@ PARTS = (
     Part("torch-cupy", "fastrnn.torch and fastrnn.ops", 1, "cupy", 45, cases=cases.torch,
          absent=_needs("torch")),
     Part("tests-cupy", "Tests on the device: CUDA C", 1, "cupy", 60, 20, tests=TESTS,
-         keyword="(cupy or cuda) and not numba-cuda and not sm_"),
+         keyword="(cupy or cuda) and not numba-cuda and not sm_",
+         absent=_needs("pytest", "xdist", "pytest_timeout", "pytest_benchmark", "hypothesis")),
 
     Part("peers-step", "Against peers: the training step", 2, "cupy", 60, 20, task="peers-step"),
     Part("peers-recurrence", "Against peers: the recurrence", 2, "cupy", 60, 20,
