@@ -287,7 +287,37 @@ def test_an_op_that_ends_processes_is_not_tried_at_every_size(tmp_path: Path) ->
     assert statuses == ["crashed", "crashed", "skipped", "skipped", "skipped"]
     assert rows["gather", "c"]["reason"] == "gather has ended 2 processes"
     assert {rows["cross_entropy", size]["status"] for size in "abcde"} == {"right"}
-    assert len(made.exits) == 3
+    assert len(made.exits) == 2
+
+
+def test_an_op_that_has_ended_a_process_waits_for_the_others(tmp_path: Path) -> None:
+    """A hang at every size may take the time of its part, but not that of the other ops."""
+    todo = [
+        case(op, size) for size in "abc" for op in ("gather", "cross_entropy", "project_backward")
+    ]
+    made, _ = supervised(tmp_path, todo, "broken")
+    order = [(row["op"], row["size"]) for row in made.rows]
+    assert order[0] == ("gather", "a")
+    assert {op for op, _ in order[1:7]} == {"cross_entropy", "project_backward"}
+    assert order[7:] == [("gather", "b"), ("gather", "c")]
+
+
+def test_hung_rows_leave_time_for_the_others(tmp_path: Path) -> None:
+    """The first row may hang, and another, before the limit of what says right or wrong."""
+    for name in ("smoke-cupy", "ops-cupy"):
+        assert 2 * BY_NAME[name].row_limit < BY_NAME[name].limit
+    asked: list[float] = []
+
+    class Asked(CaseRun):
+        def __init__(self, *rest: Any, row_limit: float, **more: Any) -> None:
+            asked.append(row_limit)
+            super().__init__([], *rest[1:], row_limit=row_limit, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "CaseRun", Asked)
+        for most in (45.0, 2.0):
+            gpu.Run(tmp_path, row_limit=most).part(BY_NAME["smoke-cupy"], [], time.monotonic() + 60)
+    assert asked == [15.0, 2.0]
 
 
 def test_a_lost_context_is_left_behind(tmp_path: Path) -> None:
@@ -683,6 +713,56 @@ def test_merge_joins_folders_and_draws_the_report(tmp_path: Path) -> None:
     assert (out / "gpu.log").read_text() == "log a\nlog b\n"
     assert "NVIDIA H100 80GB HBM3, driver 580.1" in (out / "gpu.md").read_text()
     assert len(list(out.iterdir())) <= 8
+
+
+def test_parts_and_rows_are_joined_by_their_own_dates() -> None:
+    """A record of yesterday and tomorrow does not outdo one of today for what it ran yesterday."""
+
+    def at(date: str, name: str, rows: list[dict[str, Any]]) -> record.Record:
+        made = made_record([row | {"date": date} for row in rows], date)
+        made["parts"] = {name: made["parts"]["smoke-cupy"] | {"date": date}}
+        return made
+
+    both = record.join(
+        at("1", "smoke-cupy", [row("gather", "wrong"), row("sgd", "wrong")]),
+        at("3", "ops-cupy", [row("gather")]),
+    )
+    today = at("2", "smoke-cupy", [row("gather")])
+    for pair in ((both, today), (today, both)):
+        rows = record.join(*pair)["parts"]["smoke-cupy"]["result"]["rows"]
+        assert {r["op"]: r["status"] for r in rows} == {"gather": "right", "sgd": "wrong"}
+    mended = record.join(both, at("4", "smoke-cupy", [row("sgd")]))  # gather is of "1" there
+    for pair in ((mended, today), (today, mended)):
+        joined = record.join(*pair)["parts"]["smoke-cupy"]
+        assert {r["op"]: r["status"] for r in joined["result"]["rows"]} == {
+            "gather": "right", "sgd": "right",
+        }  # fmt: skip
+        assert joined["status"] == "ok"
+
+
+def test_merging_again_changes_nothing(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder, op in zip(folders, ("gather", "sgd"), strict=True):
+        folder.mkdir()
+        record.save(made_record([row(op)], folder.name), folder)
+        (folder / "gpu.log").write_text(f"log {op}\n")
+    out = gpu.merge(folders, tmp_path / "out")
+    first = {path.name: path.read_text() for path in out.iterdir()}
+    gpu.merge([*folders, folders[0]], out)
+    gpu.merge([*reversed(folders), out], out)
+    for path in out.iterdir():
+        assert path.read_text() == first[path.name], path.name
+
+
+@pytest.mark.parametrize("text", ["", '{"parts": {}}', '{"parts": {"probe": {"sta', "\xff"])
+def test_a_broken_record_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gpu.json").write_text(text, encoding="latin-1")
+    for arguments in (["--merge", str(tmp_path)], ["--emulate", "--out", str(tmp_path)]):
+        assert gpu.main(arguments) == 2
+        assert f"{tmp_path / 'gpu.json'}: expected a record of" in capsys.readouterr().err
+    assert (tmp_path / "gpu.json").read_text(encoding="latin-1") == text
 
 
 def test_merge_without_a_record_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ class Run:
         outcome["result"] = {"rows": rows}
 
         def on_row(row: dict[str, Any]) -> None:
-            rows.append(row | {"commit": outcome["commit"]})
+            rows.append(row | {"commit": outcome["commit"], "date": _now()})
             if row["status"] in ("wrong", "crashed"):
                 print(f"  {row['op']}, {row['size']}: {row['status']}: {row['reason']}",
                       file=sys.stderr, flush=True)  # fmt: skip
@@ -149,7 +149,8 @@ class Run:
 
         at = log.tell()
         run = CaseRun(
-            cases, log, deadline=time.monotonic() + limit, row_limit=self.row_limit,
+            cases, log, deadline=time.monotonic() + limit,
+            row_limit=min(self.row_limit, part.row_limit * self.patience),
             stand_in=self.stand_in, prefix=part.prefix() if part.prefix else (), pool=part.pool,
             env=self._env(part), on_row=on_row,
         )  # fmt: skip
@@ -303,7 +304,7 @@ def _tests(path: Path, printed: str) -> dict[str, Any]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _commit_id() -> str:
@@ -316,7 +317,7 @@ def merge(folders: Sequence[Path], out: Path | None) -> Path:
     Raises:
         ValueError: a folder without a record, or records that do not belong together.
     """
-    found = []
+    found, folders = [], list({folder.resolve(): folder for folder in folders}.values())
     for folder in folders:
         loaded = record.load(folder)
         if loaded is None:
@@ -329,10 +330,11 @@ def merge(folders: Sequence[Path], out: Path | None) -> Path:
     assert joined is not None
     logs = [f / record.LOG for f in folders if f.resolve() != target.resolve()]
     target.mkdir(parents=True, exist_ok=True)
-    with (target / record.LOG).open("ab") as log:
-        for path in logs:
-            if path.exists():
-                log.write(path.read_bytes())
+    with (target / record.LOG).open("a+b") as log:
+        for path in filter(Path.exists, logs):
+            log.seek(0)
+            if (text := path.read_bytes()) not in log.read():  # not merged before
+                log.write(text)
     record.save(joined, target)
     (target / record.MARKDOWN).write_text(_drawn(joined), encoding="utf-8")
     return target

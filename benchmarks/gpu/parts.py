@@ -31,6 +31,8 @@ class Part:
         name: what ``--only`` takes, in whole or up to the backend. title: its heading.
         stage: 1, 2 or 3. backend: the one it is about, or "".
         limit: seconds after which it is stopped. least: below which it is not begun.
+        row_limit: seconds after which a row of it counts as hung, so that several that hang leave
+            time for the others; ``--row-limit`` is the most of all parts.
         cases: given whether they are for a stand-in. task: a name in :mod:`tasks`.
         tests: files of tests, and the expression of pytest's -k. profiler: a tool on PATH.
         prefix: before the interpreter that runs the cases. pool: whether CuPy keeps freed memory.
@@ -43,6 +45,7 @@ class Part:
     backend: str
     limit: float
     least: float = 10.0
+    row_limit: float = ROW_LIMIT
     cases: Callable[[bool], list[Case]] | None = None
     task: str | None = None
     tests: Sequence[str] = ()
@@ -102,8 +105,9 @@ PARTS = (
     Part("probe", "Versions and tools", 1, "", 20, 2, task="probe"),
     Part("device-cupy", "The device", 1, "cupy", 30, 5, task="device"),
     Part("compile-cupy", "Compiling ahead", 1, "cupy", 40, 5, task="compile", absent=_device_only),
-    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", 60, cases=partial(cases.smoke, "cupy")),
-    Part("ops-cupy", "Ops and kernels of the step: CUDA C", 1, "cupy", 60,
+    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", 60, row_limit=15,
+         cases=partial(cases.smoke, "cupy")),
+    Part("ops-cupy", "Ops and kernels of the step: CUDA C", 1, "cupy", 60, row_limit=20,
          cases=partial(cases.ops, "cupy")),
     Part("step-cupy", "Steps, epochs, characters: CUDA C", 1, "cupy", 40,
          cases=partial(cases.step, "cupy")),

@@ -5,8 +5,9 @@
     parts.NAME.reason, .seconds, .stage, .commit, .date
     parts.NAME.result                   of a task; of cases: {"rows": [...]}
 
-A row has kind, backend, op, size, dims and status ("right", "wrong", "crashed", "skipped"), and
-where there are any errors, seconds, FLOP, bytes and the reason.
+A row has kind, backend, op, size, dims, commit, date and status ("right", "wrong", "crashed",
+"skipped"), and where there are any errors, seconds, FLOP, bytes and the reason. Errors that are not
+finite are null.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def load(folder: Path) -> Record | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         parts = record["parts"]
+        for key in ("emulated", "date", "commit"):
+            record[key]
+        [(gpu["name"], gpu["driver"]) for gpu in record["machine"]["gpus"]]
         for name, outcome in parts.items():
             if not isinstance(outcome["status"], str):
                 raise TypeError(name)
@@ -102,27 +106,32 @@ def join(old: Record | None, new: Record) -> Record:
     ):
         if values[0] != values[1]:
             raise ValueError(f"records of different {what} cannot be joined: {values}")
-    first, last = sorted((old, new), key=lambda r: str(r["date"]))
-    if first is not old:  # given in another order than they were made
-        old, new = first, last
+    # They may be given in another order than they were made; each part has a date of its own.
+    old, new = _in_order(old, new)
     parts = dict(old["parts"])
     for name, outcome in new["parts"].items():
-        parts[name] = _join_outcomes(parts.get(name), outcome)
+        parts[name] = _join_outcomes(*_in_order(parts[name], outcome)) if name in parts else outcome
     return {**old, **new, "parts": parts}
 
 
-def _join_outcomes(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    if old is None or "result" not in old:
-        return old if old is not None and new["status"] in ("absent", "skipped") else new
+def _in_order(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+    """Both by their dates: records, outcomes of a part, or rows."""
+    return sorted((first, second), key=lambda one: str(one.get("date", "")))
+
+
+def _join_outcomes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    if "result" not in old:
+        return old if new["status"] in ("absent", "skipped") else new
     if "result" not in new:
         return old if new["status"] in ("absent", "skipped") else {**new, "result": old["result"]}
     if "rows" not in new["result"] or "rows" not in old["result"]:
         return new
     rows = {key_of(row): row for row in old["result"]["rows"]}
     for row in new["result"]["rows"]:
-        if row["status"] in VERDICTS or key_of(row) not in rows:
-            rows.pop(key_of(row), None)
-            rows[key_of(row)] = row
+        key = key_of(row)
+        if row["status"] in VERDICTS or key not in rows:
+            before = rows.pop(key, row)
+            rows[key] = _in_order(before, row)[1] if before["status"] in VERDICTS else row
     joined = {**new, "result": {**old["result"], **new["result"], "rows": list(rows.values())}}
     joined["status"], reason = judge(rows.values())
     joined.pop("reason", None)

@@ -2,7 +2,7 @@
 
 Cases run one after another in one process. The one during which it ends, or in which nothing has
 happened for too long, is recorded as crashed, and the rest goes on in another process. An op that
-has ended two processes is not tried at further sizes.
+has ended one is tried again after the others, and when it has ended two, not at further sizes.
 """
 
 from __future__ import annotations
@@ -219,6 +219,8 @@ class CaseRun:
         self.todo.pop(key_of(row), None)
         which = row["backend"], row["op"]
         self._fatal[which] += fatal
+        if fatal:
+            self.todo = dict(sorted(self.todo.items(), key=lambda one: self._fatal[one[0][1:3]]))
         if self._fatal[which] >= FATAL:
             rest = [key for key in self.todo if (key.backend, key.op) == which]
             self._skip(rest, f"{row['op']} has ended {FATAL} processes")
