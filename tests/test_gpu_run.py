@@ -601,7 +601,7 @@ def test_a_full_disk_and_a_failing_supervisor_cost_a_part_at_most(
     chosen: Any = [(python_part("bad", ""), []), (BY_NAME["probe"], [])]
     assert gpu._run_and_tell(made, chosen, None) == 1
     told = capsys.readouterr()
-    assert "No space left on device" in told.err
+    assert told.err.count("No space left on device") == 1
     assert made.found["parts"]["bad"]["reason"] == "ZeroDivisionError: division by zero"
     assert made.found["parts"]["probe"]["status"] == "ok"
     assert "Versions and tools" in told.out
@@ -911,6 +911,31 @@ def test_a_table_that_cannot_be_drawn_loses_no_figure(
     made.save()
     assert stored(tmp_path)["parts"]["probe"]["status"] == "ok"
     assert "ZeroDivisionError" in (tmp_path / "gpu.md").read_text()
+
+
+def test_what_is_printed_at_the_end_is_short() -> None:
+    long = "backend 'cupy' needs this\n" * 40
+    rows = [row(f"op{i}", "crashed") | {"reason": long} for i in range(50)]
+    found = made_record(rows, "1")
+    found["parts"]["smoke-cupy"]["reason"] = long
+    lines = report.short(found, ["smoke-cupy"])
+    assert max(map(len, lines)) <= 220
+    assert sum(map(len, lines)) < 10_000
+    assert "- and 30 more" in lines
+    assert not any("\n" in line for line in lines)
+    text = report.markdown(found)
+    assert text.count(" ".join(long.split())) == 51, "the report has all, a line each"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
+def test_a_limit_that_is_none_is_refused(
+    value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--minutes", "--row-limit"):
+        with pytest.raises(SystemExit):
+            gpu.main(["--emulate", "--only", "probe", option, value, "--out", str(tmp_path / "o")])
+        assert option in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_table_of_verdicts_names_what_is_not_right() -> None:

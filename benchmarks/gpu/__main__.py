@@ -58,6 +58,7 @@ class Run:
     row_limit: float = ROW_LIMIT
     before: record.Record | None = None
     found: record.Record = field(default_factory=dict)
+    told: str = ""  # why nothing could be written last
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,9 @@ class Run:
             if markdown:
                 (self.out / record.MARKDOWN).write_text(_drawn(joined), encoding="utf-8")
         except OSError as error:  # what is measured is printed at the end, and may be kept later
-            print(f"{self.out}: {error}", file=sys.stderr, flush=True)
+            if str(error) != self.told:
+                self.told = str(error)
+                print(f"{self.out}: {error}", file=sys.stderr, flush=True)
         return joined
 
     def run(self, parts: Sequence[tuple[Part, list[Case]]], minutes: float | None) -> None:
@@ -340,6 +343,13 @@ def merge(folders: Sequence[Path], out: Path | None) -> Path:
     return target
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__,
@@ -350,8 +360,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="parts, kinds of rows, ops, sizes")  # fmt: skip
     parser.add_argument("--backend", nargs="+", default=[], choices=("cupy", "numba-cuda"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/MACHINE")
-    parser.add_argument("--minutes", type=float, help="for all together; default: a stage's own")
-    parser.add_argument("--row-limit", type=float, default=ROW_LIMIT, metavar="SECONDS",
+    parser.add_argument(
+        "--minutes", type=_positive, help="for all together; default: a stage's own"
+    )
+    parser.add_argument("--row-limit", type=_positive, default=ROW_LIMIT, metavar="SECONDS",
                         help="after which a row counts as hung (default: %(default)g)")  # fmt: skip
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--list", action="store_true", help="what would run, and end")
