@@ -511,13 +511,14 @@ def test_tests_that_hang_or_are_stopped_are_named(
                 keyword="not long")  # fmt: skip
     made.part(part, [], time.monotonic() + 60)
     monkeypatch.setattr(gpu, "TEST_LIMIT", 500)
-    later = replace(part, name="later", keyword="not stuck", limit=12.0)
+    later = replace(part, name="later", keyword="not stuck", limit=20.0)
     made.part(later, [], time.monotonic() + 60)
     found = made.found["parts"]
     assert found["tests-cupy"]["status"] == "failed"
     assert len(found["tests-cupy"]["result"]["failed"]) == 2
     assert "test_stuck" in str(found["tests-cupy"]["result"]["failed"])
-    assert found["later"]["status"] == "stopped"
+    assert found["later"]["status"] == "failed"
+    assert found["later"]["reason"] == "no end within 20 s; 1 tests had failed"
     assert found["later"]["result"]["tests"] == 2
     assert [name.split("::")[1] for name in found["later"]["result"]["failed"]] == ["test_wrong"]
 
@@ -944,6 +945,9 @@ def test_the_table_of_verdicts_names_what_is_not_right() -> None:
     assert "| gather" in text
     assert "1.0e-08" in text
     assert "- cupy: gather, H100: wrong: why" in text
+    rows = [row("gather", "skipped", size) for size in "abc"] + [row("sgd", "crashed")]
+    lines = report._row_tables(rows, None)
+    assert lines[-3:] == ["", "- cupy: sgd, odd: crashed: why", "- 3 skipped: why"]
 
 
 def test_every_part_has_a_name_of_its_own_and_a_way_to_run() -> None:

@@ -187,7 +187,9 @@ class Run:
         if part.profiler:
             outcome["result"] = {"text": _text_since(log, at)[-6000:]}
         if code is None:
-            outcome |= {"status": "stopped", "reason": why}
+            failed = outcome.get("result", {}).get("failed", ())
+            why += f"; {len(failed)} tests had failed" if failed else ""
+            outcome |= {"status": "failed" if failed else "stopped", "reason": why}
         elif code == 0:
             outcome["status"], reason = report.verdict(outcome.get("result", {}))
             outcome |= {"reason": reason} if reason else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
@@ -175,8 +176,10 @@ def _row_tables(rows: list[Row], copy: float | None) -> list[str]:
         mine = [row for row in rows if row["kind"] == kind]
         table = _verdicts(mine) if kind in ("smoke", "torch") else _times(mine, copy)
         lines += [""] * bool(lines) + table
-    bad = [row for row in rows if row["status"] != "right"]
-    return lines + [""] * bool(bad) + [_complaint(row) for row in bad]
+    told = [_complaint(row) for row in rows if row["status"] in ("wrong", "crashed")]
+    skipped = Counter(" ".join(row["reason"].split()) for row in rows if row["status"] == "skipped")
+    told += [f"- {count} skipped: {reason}" for reason, count in skipped.items()]
+    return lines + [""] * bool(told) + told
 
 
 def _verdicts(rows: list[Row]) -> list[str]:

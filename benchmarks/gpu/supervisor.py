@@ -8,7 +8,6 @@ has ended one is tried again after the others, and when it has ended two, not at
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -37,8 +36,6 @@ PRINTED_LIMIT = 16 << 20
 _TALKATIVE = f"it printed more than {PRINTED_LIMIT >> 20} MiB"
 TAIL = 1 << 18
 """Bytes of the log in which the last line is looked for."""
-PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 FATAL = 2
 """So many processes an op may end."""
 
@@ -51,12 +48,6 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", **more}
 
 
-def _end_with_supervisor() -> None:
-    """In a new process: have Linux kill it when the supervisor is killed."""
-    with contextlib.suppress(AttributeError):
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _printed(log: IO[bytes]) -> int:
     return os.fstat(log.fileno()).st_size
 
@@ -65,7 +56,7 @@ def start(command: Sequence[str], log: IO[bytes], env: dict[str, str]) -> subpro
     """A process in a session of its own, so that it can be ended with all that it starts."""
     return subprocess.Popen(
         list(command), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_supervisor,
+        stdin=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 
 

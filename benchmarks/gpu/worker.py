@@ -10,6 +10,7 @@ each row when it is there. Standard output is the log; a line before each case s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import functools
 import gc
@@ -30,6 +31,8 @@ from fastrnn.backend import Backend, Dims, open_backend
 
 CONTEXT_LOST = 3
 """Exit status: the device's context is of no more use, and the rest needs another process."""
+PR_SET_PDEATHSIG = 1
+"""Of ``prctl``."""
 MARK = ">>> "
 """Begins the line of the log that says which case runs."""
 
@@ -136,7 +139,14 @@ def run_task(work: dict[str, Any]) -> int:
     return 0
 
 
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it is killed."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
+    end_with_parent()
     faulthandler.enable()
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)  # the supervisor asks where it hangs
