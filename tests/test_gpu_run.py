@@ -810,6 +810,25 @@ def test_a_sanitizers_findings_belong_to_the_case_that_ran() -> None:
     assert "Invalid __global__ write" in rows[1]["reason"]
 
 
+def test_a_sanitizers_findings_are_kept_when_the_run_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(CaseRun):
+        def run(self) -> list[dict[str, Any]]:
+            self.on_row(row("sgd"))
+            self.log.write(f"{MARK}smoke cupy sgd odd\n========= Invalid write\n".encode())
+            raise SystemExit(143)
+
+    monkeypatch.setattr(gpu, "CaseRun", Ended)
+    made = gpu.Run(tmp_path)
+    part = replace(BY_NAME["memcheck-cupy"], absent=lambda stand_in: None, prefix=lambda: ["true"])
+    with pytest.raises(SystemExit):
+        made.part(part, [], time.monotonic() + 60)
+    [kept] = made.found["parts"]["memcheck-cupy"]["result"]["rows"]
+    assert kept["status"] == "wrong"
+    assert kept["reason"] == "Invalid write"
+
+
 # --- The report ----------------------------------------------------------------------------------
 
 

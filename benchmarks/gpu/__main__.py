@@ -157,9 +157,11 @@ class Run:
             stand_in=self.stand_in, prefix=part.prefix() if part.prefix else (), pool=part.pool,
             env=self._env(part), on_row=on_row,
         )  # fmt: skip
-        run.run()
-        if part.prefix:
-            _blame(rows, findings(_text_since(log, at), MARK))
+        try:
+            run.run()
+        finally:
+            if part.prefix:
+                _blame(rows, findings(_text_since(log, at), MARK))
         outcome["status"], reason = record.judge(rows)
         if reason:
             outcome["reason"] = reason
