@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import cases, record, report, supervisor, tasks
+from benchmarks.gpu import cases, parts, record, report, supervisor, tasks
 from benchmarks.gpu.cases import Case, Key
 from benchmarks.gpu.parts import PARTS, STAGE_SECONDS, Part, Seconds, Selection
 from benchmarks.gpu.supervisor import CaseRun
@@ -255,16 +255,20 @@ def supervised(
 ) -> tuple[CaseRun, dict[tuple[str, str], dict[str, Any]]]:
     """Run cases on NumPy with what ``opener`` in ``opened.py`` makes of it."""
     (folder / "opened.py").write_text(
-        "import os, time\nfrom fastrnn.backends.numpy_ import NumpyBackend\n"
+        "import atexit, os, time\nfrom fastrnn.backends.numpy_ import NumpyBackend\n"
         "class Broken(NumpyBackend):\n"
         "    def sgd(self, *a): time.sleep(600)\n"
+        "    def recurrence(self, *a, **k):\n        while True: print('x' * 10_000)\n"
         "    def gather(self, *a, **k): os.kill(os.getpid(), 11)\n"
+        "    def clip_by_global_norm(self, *a, **k):\n        atexit.register(time.sleep, 600)\n"
+        "        return super().clip_by_global_norm(*a, **k)\n"
         "    def sync(self):\n        if self.lost: raise RuntimeError('illegal address')\n"
         "    lost = False\n"
         "    def project(self, *a, **k):\n"
         "        self.lost = True\n        raise RuntimeError('illegal address')\n"
         "def broken(name): return Broken()\n"
         "def absent(name): raise ImportError('no such library')\n"
+        "def silent(name): print('gone'), os._exit(0)\n"
     )
     with (folder / "log").open("ab") as log:
         made = CaseRun(
@@ -295,7 +299,37 @@ def test_an_op_that_ends_processes_is_not_tried_at_every_size(tmp_path: Path) ->
     assert statuses == ["crashed", "crashed", "skipped", "skipped", "skipped"]
     assert rows["gather", "c"]["reason"] == "gather has ended 2 processes"
     assert {rows["cross_entropy", size]["status"] for size in "abcde"} == {"right"}
-    assert len(made.exits) == 3
+    assert len(made.exits) == 2
+
+
+def test_an_op_that_has_ended_a_process_waits_for_the_others(tmp_path: Path) -> None:
+    """A hang at every size may take the time of its part, but not that of the other ops."""
+    todo = [
+        case(op, size) for size in "abc" for op in ("gather", "cross_entropy", "project_backward")
+    ]
+    made, _ = supervised(tmp_path, todo, "broken")
+    order = [(row["op"], row["size"]) for row in made.rows]
+    assert order[0] == ("gather", "a")
+    assert {op for op, _ in order[1:7]} == {"cross_entropy", "project_backward"}
+    assert order[7:] == [("gather", "b"), ("gather", "c")]
+
+
+def test_hung_rows_leave_time_for_the_others(tmp_path: Path) -> None:
+    """The first row may hang, and another, before the limit of what says right or wrong."""
+    for name in ("smoke-cupy", "ops-cupy"):
+        assert 2 * BY_NAME[name].row_limit < BY_NAME[name].limit
+    asked: list[float] = []
+
+    class Asked(CaseRun):
+        def __init__(self, *rest: Any, row_limit: float, **more: Any) -> None:
+            asked.append(row_limit)
+            super().__init__([], *rest[1:], row_limit=row_limit, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "CaseRun", Asked)
+        for most in (45.0, 2.0):
+            gpu.Run(tmp_path, row_limit=most).part(BY_NAME["smoke-cupy"], [], time.monotonic() + 60)
+    assert asked == [15.0, 2.0]
 
 
 def test_a_lost_context_is_left_behind(tmp_path: Path) -> None:
@@ -306,12 +340,37 @@ def test_a_lost_context_is_left_behind(tmp_path: Path) -> None:
     assert made.exits == [3, 0]
 
 
-def test_what_cannot_be_opened_ends_soon_and_says_why(tmp_path: Path) -> None:
-    made, rows = supervised(tmp_path, [case("sgd", size) for size in "abcdef"], "absent")
+@pytest.mark.parametrize("opener", ["absent", "silent"])
+def test_what_cannot_be_opened_ends_soon_and_says_why(opener: str, tmp_path: Path) -> None:
+    todo = [case(op, size) for size in "ab" for op in OPS]
+    made, rows = supervised(tmp_path, todo, opener)
     assert len(made.exits) == 2
-    assert rows["sgd", "a"]["status"] == "crashed"
-    assert "no such library" in rows["sgd", "a"]["reason"]
-    assert rows["sgd", "f"]["status"] == "skipped"
+    why = "no such library" if opener == "absent" else "exit status 0: gone"
+    first, *rest = rows.values()
+    assert first["status"] == "crashed"
+    assert why in first["reason"]
+    assert {row["status"] for row in rest} == {"skipped"}
+    assert why in rest[0]["reason"]
+
+
+def test_a_process_that_does_not_end_after_its_last_row_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "EXIT_LIMIT", 1.0)
+    begin = time.monotonic()
+    made, rows = supervised(tmp_path, [case("clip_by_global_norm")], "broken", limit=50.0)
+    assert time.monotonic() - begin < 40
+    assert rows["clip_by_global_norm", "odd"]["status"] == "right"
+    assert made.exits == [-signal.SIGKILL]
+
+
+def test_a_killed_process_that_does_not_go_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "END_LIMIT", 0.2)
+    monkeypatch.setattr(os, "killpg", lambda *arguments: None)  # as if the driver kept it
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        supervisor.end(process)
+        assert process.poll() is None
+        process.kill()
 
 
 def test_rows_are_skipped_when_the_time_is_up(tmp_path: Path) -> None:
@@ -371,24 +430,194 @@ def test_a_process_that_fails_hangs_or_dies_costs_only_its_part(
     assert not (tmp_path / "late").exists(), "a child of a stopped part lives on"
 
 
-def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(tmp_path: Path) -> None:
+def processes_with(mark: str) -> list[str]:
+    """Those in whose environment ``FASTRNN_TEST_MARK`` is ``mark``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"FASTRNN_TEST_MARK={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(f"{folder.name}: {(folder / 'cmdline').read_text()}")
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_what_it_had_and_no_process(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
     require_emulator()
+    out, mark = tmp_path / "out", f"{tmp_path}"
     command = [sys.executable, "-m", "benchmarks.gpu", "--emulate", "--only", "smoke-cupy",
-               "--out", str(tmp_path)]  # fmt: skip
-    with subprocess.Popen(command, cwd=supervisor.ROOT, stderr=subprocess.DEVNULL) as process:
+               "--out", str(out)]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=supervisor.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env={**os.environ, "FASTRNN_TEST_MARK": mark}, text=True,
+    ) as process:  # fmt: skip
         for _ in range(600):
             time.sleep(0.1)
-            parts = stored(tmp_path)["parts"] if (tmp_path / "gpu.json").exists() else {}
+            parts = stored(out)["parts"] if (out / "gpu.json").exists() else {}
             if len(parts.get("smoke-cupy", {}).get("result", {}).get("rows", [])) > 2:
                 break
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 143
-    outcome = stored(tmp_path)["parts"]["smoke-cupy"]
+        assert len(processes_with(mark)) >= 2, "the run and its worker"
+        process.send_signal(sent)
+        time.sleep(0.01)
+        process.send_signal(sent)  # timeout(1) sends its signal to the process and to the group
+        printed, _ = process.communicate(timeout=20)
+    outcome = stored(out)["parts"]["smoke-cupy"]
     assert outcome["status"] == "stopped"
     assert len(outcome["result"]["rows"]) > 2
-    time.sleep(0.5)
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in listed
+    deadline = time.monotonic() + 20  # a compiler that the killed worker had started may finish
+    while processes_with(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_with(mark) == []
+    if sent != signal.SIGKILL:
+        assert process.returncode == 128 + sent
+        assert "the run was ended" in printed
+        assert "the run was ended" in (out / "gpu.md").read_text()
+        assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "gpu.log", "gpu.md"]
+
+
+def test_what_a_task_had_found_is_kept_when_the_run_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gpu, "_command", lambda part, result, *_: [sys.executable, "-c", part.task, str(result)]
+    )
+    code = f"{WRITES} import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(9)"
+    made = gpu.Run(tmp_path)
+    chosen: Any = [(python_part("tuner", code), []), (python_part("next", WRITES), [])]
+    before = {each: signal.getsignal(each) for each in gpu.ENDING}
+    try:
+        assert gpu._run_and_tell(made, chosen, None) == 143
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    found = stored(tmp_path)["parts"]
+    assert set(found) == {"tuner"}
+    assert found["tuner"]["result"] == {"found": 7}
+    assert found["tuner"]["reason"] == "the run was ended"
+
+
+def test_tests_that_hang_or_are_stopped_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs costs its process; where pytest is stopped, its lines tell what it had."""
+    (tmp_path / "test_some.py").write_text(
+        "import ctypes, time\ndef test_right(): pass\ndef test_wrong(): assert False\n"
+        "def test_stuck():\n    while True: ctypes.CDLL(None).pause()\n"
+        "def test_long(): time.sleep(500)\n"
+    )
+    monkeypatch.setattr(gpu, "TEST_LIMIT", 3)
+    real = gpu._command
+
+    def few(*arguments: Any) -> list[str]:
+        command = real(*arguments)
+        command[command.index("-n") + 1] = "2"
+        return command
+
+    monkeypatch.setattr(gpu, "_command", few)
+    monkeypatch.setattr(gpu.Run, "_env", lambda self, part: {})
+    made = gpu.Run(tmp_path / "out")
+    part = Part("tests-cupy", "", 1, "cupy", Seconds(1, 1, 60),
+                tests=[str(tmp_path / "test_some.py")], keyword="not long")  # fmt: skip
+    made.part(part, [], time.monotonic() + 60)
+    monkeypatch.setattr(gpu, "TEST_LIMIT", 500)
+    later = replace(part, name="later", keyword="not stuck", seconds=Seconds(1, 1, 20))
+    made.part(later, [], time.monotonic() + 60)
+    found = made.found["parts"]
+    assert found["tests-cupy"]["status"] == "failed"
+    assert len(found["tests-cupy"]["result"]["failed"]) == 2
+    assert "test_stuck" in str(found["tests-cupy"]["result"]["failed"])
+    assert found["later"]["status"] == "failed"
+    assert found["later"]["reason"] == "no end within 20 s; 1 tests had failed"
+    assert found["later"]["result"]["tests"] == 2
+    assert [name.split("::")[1] for name in found["later"]["result"]["failed"]] == ["test_wrong"]
+
+
+def test_what_a_part_needs_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "find_spec", lambda name: None if name == "xdist" else name)
+    assert BY_NAME["tests-cupy"].absent(False) == "not installed: xdist"
+    assert BY_NAME["torch-cupy"].absent(False) is None
+
+
+def test_every_row_is_stored_as_soon_as_it_is_there(tmp_path: Path) -> None:
+    """The last one before a long row too."""
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom fastrnn.backends.numpy_ import NumpyBackend\n"
+        "class Slow(NumpyBackend):\n    def sgd(self, *a): time.sleep(4)\n"
+        "def opened(name): return Slow()\n"
+    )
+    todo = [case("gather"), case("project"), case("sgd")]
+    part = Part("smoke-cupy", "", 1, "cupy", Seconds(1, 1, 30), cases=lambda toy: todo)
+    made = gpu.Run(tmp_path / "out", "slow:opened", row_limit=2.0)
+    seen: list[int] = []
+    save = made.save
+
+    def noted(markdown: bool = True) -> record.Record:
+        joined = save(markdown)
+        rows = stored(tmp_path / "out")["parts"]["smoke-cupy"].get("result", {}).get("rows", [])
+        seen.append(len(rows))
+        return joined
+
+    made.save = noted  # type: ignore[method-assign]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        made.run([(part, todo)], None)
+    assert seen == [1, 2, 3, 3]
+
+
+def test_a_flood_of_output_ends_its_process_and_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gpu, "_command", lambda part, result, *_: [sys.executable, "-c", part.task, str(result)]
+    )
+    monkeypatch.setattr(supervisor, "PRINTED_LIMIT", 1 << 20)
+    monkeypatch.setattr(gpu, "LOG_BYTES", 1 << 16)
+    flood = f"{WRITES}\nwhile True: sys.stdout.buffer.write(bytes(range(256)) * 1000)"
+    made = gpu.Run(tmp_path)
+    parts = [python_part("loud", flood), python_part("next", WRITES + "print('still there')")]
+    made.run([(part, []) for part in parts], None)
+    found = stored(tmp_path)["parts"]
+    assert found["loud"]["status"] == "stopped"
+    assert "it printed more than" in found["loud"]["reason"]
+    assert found["loud"]["result"] == {"found": 7}
+    assert found["next"]["status"] == "ok"
+    text = (tmp_path / "gpu.log").read_bytes()
+    assert len(text) < 1 << 17
+    assert b"bytes left out" in text
+    assert text.endswith(b"still there\n")
+
+
+def test_a_row_that_floods_the_log_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "PRINTED_LIMIT", 1 << 20)
+    _, rows = supervised(tmp_path, [case("recurrence"), case("cross_entropy")], "broken")
+    assert rows["recurrence", "odd"]["status"] == "crashed"
+    assert "it printed more than" in rows["recurrence", "odd"]["reason"]
+    assert rows["cross_entropy", "odd"]["status"] == "right"
+
+
+def test_a_full_disk_and_a_failing_supervisor_cost_a_part_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = gpu.Run(tmp_path)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "save", full)
+    monkeypatch.setattr(gpu, "_command", lambda part, *_: 1 / 0 if part.name == "bad" else ["true"])
+    chosen: Any = [(python_part("bad", ""), []), (BY_NAME["probe"], [])]
+    assert gpu._run_and_tell(made, chosen, None) == 1
+    told = capsys.readouterr()
+    assert told.err.count("No space left on device") == 1
+    assert made.found["parts"]["bad"]["reason"] == "ZeroDivisionError: division by zero"
+    assert made.found["parts"]["probe"]["status"] == "ok"
+    assert "Versions and tools" in told.out
 
 
 # --- The record ----------------------------------------------------------------------------------
@@ -448,6 +677,43 @@ def test_records_of_different_devices_are_not_joined() -> None:
         record.join(one, {**one, "machine": other})
 
 
+def test_what_is_not_finite_is_null_and_strict_json(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = [row("gather", "wrong", errors={"z": [nan, 1e-8], "h": [inf, None]}), row("sgd")]
+    record.save(made_record(rows, "1"), tmp_path)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (tmp_path / "gpu.json").read_text()
+    found = json.loads(text, parse_constant=refuse)
+    stored_rows = found["parts"]["smoke-cupy"]["result"]["rows"]
+    assert stored_rows[0]["errors"] == {"z": [None, 1e-8], "h": [None, None]}
+    assert "gather, odd: wrong: why" in report.markdown(found)
+    found["parts"]["ops-cupy"] = found["parts"]["smoke-cupy"]
+    assert "not measured" in report.markdown(found)
+
+
+def test_two_runs_do_not_write_into_one_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with record.alone(tmp_path):
+        assert gpu.main(["--emulate", "--only", "probe", "--out", str(tmp_path)]) == 2
+        assert f"{tmp_path}: another run writes there" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert gpu.main(["--emulate", "--only", "probe", "--out", str(tmp_path)]) == 0
+
+
+def test_a_choice_of_nothing_and_a_folder_that_is_a_file_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--emulate", "--stage", "2", "--only", "smoke", "--out", str(tmp_path)]) == 2
+    assert "nothing to run: no part of those stages" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert gpu.main(["--emulate", "--only", "probe", "--out", str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_merge_joins_folders_and_draws_the_report(tmp_path: Path) -> None:
     for name, rows in (("a", [row("gather"), row("sgd", "wrong")]), ("b", [row("sgd")])):
         (tmp_path / name).mkdir()
@@ -460,6 +726,56 @@ def test_merge_joins_folders_and_draws_the_report(tmp_path: Path) -> None:
     assert (out / "gpu.log").read_text() == "log a\nlog b\n"
     assert "NVIDIA H100 80GB HBM3, driver 580.1" in (out / "gpu.md").read_text()
     assert len(list(out.iterdir())) <= 8
+
+
+def test_parts_and_rows_are_joined_by_their_own_dates() -> None:
+    """A record of yesterday and tomorrow does not outdo one of today for what it ran yesterday."""
+
+    def at(date: str, name: str, rows: list[dict[str, Any]]) -> record.Record:
+        made = made_record([row | {"date": date} for row in rows], date)
+        made["parts"] = {name: made["parts"]["smoke-cupy"] | {"date": date}}
+        return made
+
+    both = record.join(
+        at("1", "smoke-cupy", [row("gather", "wrong"), row("sgd", "wrong")]),
+        at("3", "ops-cupy", [row("gather")]),
+    )
+    today = at("2", "smoke-cupy", [row("gather")])
+    for pair in ((both, today), (today, both)):
+        rows = record.join(*pair)["parts"]["smoke-cupy"]["result"]["rows"]
+        assert {r["op"]: r["status"] for r in rows} == {"gather": "right", "sgd": "wrong"}
+    mended = record.join(both, at("4", "smoke-cupy", [row("sgd")]))  # gather is of "1" there
+    for pair in ((mended, today), (today, mended)):
+        joined = record.join(*pair)["parts"]["smoke-cupy"]
+        assert {r["op"]: r["status"] for r in joined["result"]["rows"]} == {
+            "gather": "right", "sgd": "right",
+        }  # fmt: skip
+        assert joined["status"] == "ok"
+
+
+def test_merging_again_changes_nothing(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder, op in zip(folders, ("gather", "sgd"), strict=True):
+        folder.mkdir()
+        record.save(made_record([row(op)], folder.name), folder)
+        (folder / "gpu.log").write_text(f"log {op}\n")
+    out = gpu.merge(folders, tmp_path / "out")
+    first = {path.name: path.read_text() for path in out.iterdir()}
+    gpu.merge([*folders, folders[0]], out)
+    gpu.merge([*reversed(folders), out], out)
+    for path in out.iterdir():
+        assert path.read_text() == first[path.name], path.name
+
+
+@pytest.mark.parametrize("text", ["", '{"parts": {}}', '{"parts": {"probe": {"sta', "\xff"])
+def test_a_broken_record_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gpu.json").write_text(text, encoding="latin-1")
+    for arguments in (["--merge", str(tmp_path)], ["--emulate", "--out", str(tmp_path)]):
+        assert gpu.main(arguments) == 2
+        assert f"{tmp_path / 'gpu.json'}: expected a record of" in capsys.readouterr().err
+    assert (tmp_path / "gpu.json").read_text(encoding="latin-1") == text
 
 
 def test_merge_without_a_record_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -504,6 +820,25 @@ def test_a_sanitizers_findings_belong_to_the_case_that_ran() -> None:
     gpu._blame(rows, dict(found))
     assert [r["status"] for r in rows] == ["right", "wrong"]
     assert "Invalid __global__ write" in rows[1]["reason"]
+
+
+def test_a_sanitizers_findings_are_kept_when_the_run_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(CaseRun):
+        def run(self) -> list[dict[str, Any]]:
+            self.on_row(row("sgd"))
+            self.log.write(f"{MARK}smoke cupy sgd odd\n========= Invalid write\n".encode())
+            raise SystemExit(143)
+
+    monkeypatch.setattr(gpu, "CaseRun", Ended)
+    made = gpu.Run(tmp_path)
+    part = replace(BY_NAME["memcheck-cupy"], absent=lambda stand_in: None, prefix=lambda: ["true"])
+    with pytest.raises(SystemExit):
+        made.part(part, [], time.monotonic() + 60)
+    [kept] = made.found["parts"]["memcheck-cupy"]["result"]["rows"]
+    assert kept["status"] == "wrong"
+    assert kept["reason"] == "Invalid write"
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -610,12 +945,40 @@ def test_a_table_that_cannot_be_drawn_loses_no_figure(
     assert "ZeroDivisionError" in (tmp_path / "gpu.md").read_text()
 
 
+def test_what_is_printed_at_the_end_is_short() -> None:
+    long = "backend 'cupy' needs this\n" * 40
+    rows = [row(f"op{i}", "crashed") | {"reason": long} for i in range(50)]
+    found = made_record(rows, "1")
+    found["parts"]["smoke-cupy"]["reason"] = long
+    lines = report.short(found, ["smoke-cupy"])
+    assert max(map(len, lines)) <= 220
+    assert sum(map(len, lines)) < 10_000
+    assert "- and 30 more" in lines
+    assert not any("\n" in line for line in lines)
+    text = report.markdown(found)
+    assert text.count(" ".join(long.split())) == 51, "the report has all, a line each"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
+def test_a_limit_that_is_none_is_refused(
+    value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--minutes", "--row-limit"):
+        with pytest.raises(SystemExit):
+            gpu.main(["--emulate", "--only", "probe", option, value, "--out", str(tmp_path / "o")])
+        assert option in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_the_table_of_verdicts_names_what_is_not_right() -> None:
     rows = [row("gather", errors={"z": [1e-8, None]}), row("gather", "wrong", "H100"), row("sgd")]
     text = "\n".join(report._row_tables(rows, None))
     assert "| gather" in text
     assert "1.0e-08" in text
     assert "- cupy: gather, H100: wrong: why" in text
+    rows = [row("gather", "skipped", size) for size in "abc"] + [row("sgd", "crashed")]
+    lines = report._row_tables(rows, None)
+    assert lines[-3:] == ["", "- cupy: sgd, odd: crashed: why", "- 3 skipped: why"]
 
 
 def test_every_part_has_a_name_of_its_own_and_a_way_to_run() -> None:

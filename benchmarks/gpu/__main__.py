@@ -19,11 +19,13 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,7 +35,7 @@ from typing import IO, Any
 from benchmarks.gpu import record, report
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.parts import PARTS, ROW_LIMIT, STAGE_SECONDS, Part, Selection
-from benchmarks.gpu.supervisor import CaseRun, environment, last_line, run_command
+from benchmarks.gpu.supervisor import CaseRun, environment, last_line, run_command, trim
 from benchmarks.gpu.tasks import findings, tool
 from benchmarks.gpu.worker import MARK
 from benchmarks.report import RESULTS
@@ -41,6 +43,10 @@ from fastrnn.bench import commit, machine, machine_slug
 
 STAND_INS = "tests.gpu_stand_ins:open_stand_in"
 STAND_IN_PATIENCE = 10.0
+TEST_LIMIT = 20
+"""Seconds that a test on the device may take."""
+LOG_BYTES = 1 << 20
+"""Of the log that are kept of a part: its beginning and its end."""
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Run:
     row_limit: float = ROW_LIMIT
     before: record.Record | None = None
     found: record.Record = field(default_factory=dict)
+    told: str = ""  # why nothing could be written last
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -63,8 +70,8 @@ class Run:
             "emulated": self.stand_in is not None,
             "parts": {},
         }
-        self.saved = 0.0
-        self.save()  # a folder that cannot be written or joined is noticed before anything runs
+        # A folder that cannot be written or joined is noticed before anything runs.
+        record.save(record.join(self.before, self.found), self.out)
 
     @property
     def patience(self) -> float:
@@ -73,15 +80,14 @@ class Run:
 
     def save(self, markdown: bool = True) -> record.Record:
         joined = record.join(self.before, self.found)
-        record.save(joined, self.out)
-        if markdown:
-            try:
-                text = report.markdown(joined)
-            except Exception:  # figures are not lost for a table's sake
-                text = f"```\n{traceback.format_exc()}```\n"
-                print(text, file=sys.stderr)
-            (self.out / record.MARKDOWN).write_text(text, encoding="utf-8")
-        self.saved = time.monotonic()
+        try:
+            record.save(joined, self.out)
+            if markdown:
+                (self.out / record.MARKDOWN).write_text(_drawn(joined), encoding="utf-8")
+        except OSError as error:  # what is measured is printed at the end, and may be kept later
+            if str(error) != self.told:
+                self.told = str(error)
+                print(f"{self.out}: {error}", file=sys.stderr, flush=True)
         return joined
 
     def run(self, parts: Sequence[tuple[Part, list[Case]]], minutes: float | None) -> None:
@@ -107,19 +113,28 @@ class Run:
             outcome |= {"status": "skipped", "reason": reason}
         else:
             print(f"{part.title} …", file=sys.stderr, flush=True)
-            with (self.out / record.LOG).open("ab") as log:
-                log.write(f"\n===== {part.name}: {part.title}, {_now()}\n".encode())
-                log.flush()
-                at = log.tell()
-                outcome["status"] = "stopped"  # until it has ended
-                limit = min(part.seconds.limit * self.patience, left)
-                if part.cases:
-                    self._cases(part, cases, outcome, log, limit)
-                else:
-                    self._process(part, outcome, log, limit)
-                if outcome["status"] == "failed" and "reason" not in outcome:
-                    outcome["reason"] = last_line(log, at)
-            outcome["seconds"] = round(time.monotonic() - begin, 1)
+            outcome["status"] = "stopped"  # until it has ended
+            try:
+                with (self.out / record.LOG).open("ab", buffering=0) as log:
+                    with contextlib.suppress(OSError):  # a full disk
+                        log.write(f"\n===== {part.name}: {part.title}, {_now()}\n".encode())
+                    at = log.tell()
+                    limit = min(part.seconds.limit * self.patience, left)
+                    if part.cases:
+                        self._cases(part, cases, outcome, log, limit)
+                    else:
+                        self._process(part, outcome, log, limit)
+                    if outcome["status"] == "failed" and "reason" not in outcome:
+                        outcome["reason"] = last_line(log, at)
+                    trim(log, at, LOG_BYTES)
+            except SystemExit:
+                outcome["reason"] = "the run was ended"
+                raise
+            except Exception as error:  # the other parts go on
+                traceback.print_exc()
+                outcome |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+            finally:
+                outcome["seconds"] = round(time.monotonic() - begin, 1)
         self.save()
 
     def _cases(
@@ -129,22 +144,24 @@ class Run:
         outcome["result"] = {"rows": rows}
 
         def on_row(row: dict[str, Any]) -> None:
-            rows.append(row | {"commit": outcome["commit"]})
+            rows.append(row | {"commit": outcome["commit"], "date": _now()})
             if row["status"] in ("wrong", "crashed"):
                 print(f"  {row['op']}, {row['size']}: {row['status']}: {row['reason']}",
                       file=sys.stderr, flush=True)  # fmt: skip
-            if time.monotonic() - self.saved > 1.0:
-                self.save(markdown=False)
+            self.save(markdown=False)
 
         at = log.tell()
         run = CaseRun(
-            cases, log, deadline=time.monotonic() + limit, row_limit=self.row_limit,
+            cases, log, deadline=time.monotonic() + limit,
+            row_limit=min(self.row_limit, part.row_limit * self.patience),
             stand_in=self.stand_in, prefix=part.prefix() if part.prefix else (), pool=part.pool,
             env=self._env(part), on_row=on_row,
         )  # fmt: skip
-        run.run()
-        if part.prefix:
-            _blame(rows, findings(_text_since(log, at), MARK))
+        try:
+            run.run()
+        finally:
+            if part.prefix:
+                _blame(rows, findings(_text_since(log, at), MARK))
         outcome["status"], reason = record.judge(rows)
         if reason:
             outcome["reason"] = reason
@@ -156,22 +173,25 @@ class Run:
         work = result.with_suffix(".work.tmp")
         at = log.tell()
         try:
-            code, _ = run_command(
+            code, why = run_command(
                 _command(part, result, work, self.stand_in), log, limit,
                 environment(**self._env(part)),
             )  # fmt: skip
-            if result.exists():
-                with contextlib.suppress(ValueError, ET.ParseError):
-                    outcome["result"] = (
-                        _junit(result) if part.tests else json.loads(result.read_text())
-                    )
-        finally:
-            for leftover in self.out.glob(f"{part.name}*.tmp"):
-                leftover.unlink()
+        finally:  # what it had found counts however the run ends
+            with contextlib.suppress(OSError, ValueError, ET.ParseError):
+                outcome["result"] = (
+                    _tests(result, _text_since(log, at))
+                    if part.tests
+                    else json.loads(result.read_text())
+                )
+            for leftover in (*self.out.glob(f"{part.name}*.tmp"), result.with_suffix(".partial")):
+                leftover.unlink(missing_ok=True)
         if part.profiler:
             outcome["result"] = {"text": _text_since(log, at)[-6000:]}
         if code is None:
-            outcome |= {"status": "stopped", "reason": f"no end within {limit:.0f} s"}
+            failed = outcome.get("result", {}).get("failed", ())
+            why += f"; {len(failed)} tests had failed" if failed else ""
+            outcome |= {"status": "failed" if failed else "stopped", "reason": why}
         elif code == 0:
             outcome["status"], reason = report.verdict(outcome.get("result", {}))
             outcome |= {"reason": reason} if reason else {}
@@ -188,6 +208,16 @@ class Run:
         return env
 
 
+def _drawn(joined: record.Record) -> str:
+    """The report, or why there is none: figures are not lost for a table's sake."""
+    try:
+        return report.markdown(joined)
+    except Exception:
+        text = f"```\n{traceback.format_exc()}```\n"
+        print(text, file=sys.stderr)
+        return text
+
+
 def _command(part: Part, result: Path, work: Path, stand_in: str | None) -> list[str]:
     """The command of a part that has no cases."""
     python = [sys.executable, "-m"]
@@ -196,8 +226,10 @@ def _command(part: Part, result: Path, work: Path, stand_in: str | None) -> list
             return [*python, "pytest", "-q", "-p", "no:cacheprovider", "-n", "0",
                     f"--junitxml={result}", "tests/test_step.py", "-k",
                     "sm_90 and smallest and carried and not late"]  # fmt: skip
-        return [*python, "pytest", "-q", "-p", "no:cacheprovider", "-n", "6",
-                f"--junitxml={result}", *part.tests, "-k", part.keyword]  # fmt: skip
+        # A test that hangs ends its process, which xdist replaces; -v names each as it ends.
+        return [*python, "pytest", "-v", "-p", "no:cacheprovider", "-n", "6",
+                f"--timeout={TEST_LIMIT}", "--timeout-method=thread", f"--junitxml={result}",
+                *part.tests, "-k", part.keyword]  # fmt: skip
     if part.profiler:
         case = next(
             case
@@ -253,8 +285,21 @@ def _blame(rows: list[dict[str, Any]], found: dict[str, str]) -> None:
         rows[0] |= {"status": "wrong", "reason": f"{where}: {what}"}
 
 
-def _junit(path: Path) -> dict[str, Any]:
-    """Counts, and the names of the tests that failed."""
+def _tests(path: Path, printed: str) -> dict[str, Any]:
+    """Counts, and the names of the tests that failed.
+
+    Args:
+        path: the report of pytest, which it writes at its end. printed: the lines of its workers,
+            by which it goes where that is missing.
+    """
+    if not path.exists():
+        ended = re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (.+?) *$", printed, re.MULTILINE)
+        of = Counter(word for word, _ in ended)
+        failed = [name for word, name in ended if word in ("FAILED", "ERROR")]
+        return {
+            "tests": len(ended), "failures": of["FAILED"], "errors": of["ERROR"],
+            "skipped": of["SKIPPED"], "failed": failed,
+        }  # fmt: skip
     suite = next(ET.parse(path).getroot().iter("testsuite"))
     failed = [
         f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
@@ -266,7 +311,7 @@ def _junit(path: Path) -> dict[str, Any]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _commit_id() -> str:
@@ -279,7 +324,7 @@ def merge(folders: Sequence[Path], out: Path | None) -> Path:
     Raises:
         ValueError: a folder without a record, or records that do not belong together.
     """
-    found = []
+    found, folders = [], list({folder.resolve(): folder for folder in folders}.values())
     for folder in folders:
         loaded = record.load(folder)
         if loaded is None:
@@ -292,13 +337,21 @@ def merge(folders: Sequence[Path], out: Path | None) -> Path:
     assert joined is not None
     logs = [f / record.LOG for f in folders if f.resolve() != target.resolve()]
     target.mkdir(parents=True, exist_ok=True)
-    with (target / record.LOG).open("ab") as log:
-        for path in logs:
-            if path.exists():
-                log.write(path.read_bytes())
+    with (target / record.LOG).open("a+b") as log:
+        for path in filter(Path.exists, logs):
+            log.seek(0)
+            if (text := path.read_bytes()) not in log.read():  # not merged before
+                log.write(text)
     record.save(joined, target)
-    (target / record.MARKDOWN).write_text(report.markdown(joined), encoding="utf-8")
+    (target / record.MARKDOWN).write_text(_drawn(joined), encoding="utf-8")
     return target
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -311,8 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="parts, kinds of rows, ops, sizes")  # fmt: skip
     parser.add_argument("--backend", nargs="+", default=[], choices=("cupy", "numba-cuda"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/MACHINE")
-    parser.add_argument("--minutes", type=float, help="for all together; default: a stage's own")
-    parser.add_argument("--row-limit", type=float, default=ROW_LIMIT, metavar="SECONDS",
+    parser.add_argument(
+        "--minutes", type=_positive, help="for all together; default: a stage's own"
+    )
+    parser.add_argument("--row-limit", type=_positive, default=ROW_LIMIT, metavar="SECONDS",
                         help="after which a row counts as hung (default: %(default)g)")  # fmt: skip
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--list", action="store_true", help="what would run, and end")
@@ -326,6 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stand_in = options.emulate is not None
         selection = Selection(options.stage, options.only, options.backend, stand_in)
         chosen = selection.parts()
+        if not chosen:
+            raise ValueError("nothing to run: no part of those stages and backends has such rows")
         if options.list:
             for part, cases in chosen:
                 rows = f", {len(cases)} rows" if part.cases else ""
@@ -336,18 +393,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not about["gpus"] and not stand_in:
             print("no NVIDIA GPU found: nvidia-smi lists none; --emulate tries the run without one")
             return 2
-        run = Run(options.out or RESULTS / machine_slug(about), options.emulate, options.row_limit)
+        out = options.out or RESULTS / machine_slug(about)
+        out.mkdir(parents=True, exist_ok=True)
+        with record.alone(out):
+            run = Run(out, options.emulate, options.row_limit)
+            return _run_and_tell(run, chosen, options.minutes)
     except (ValueError, OSError) as error:
         print(f"python -m benchmarks.gpu: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the parts' processes too
-    run.run(chosen, options.minutes)
+
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _end_once(number: int, frame: Any) -> None:
+    """Unwind, which ends the processes of a part; ``timeout`` sends its signal twice."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def _run_and_tell(run: Run, chosen: list[tuple[Part, list[Case]]], minutes: float | None) -> int:
+    """Run the parts and print what became of them, also when a signal ends the run."""
+    before = {each: signal.signal(each, _end_once) for each in ENDING}
+    stopped = 0
+    try:
+        run.run(chosen, minutes)
+    except SystemExit as stop:
+        stopped = int(stop.code or 0)
     joined = run.save()
-    names = [part.name for part, _ in chosen]
+    names = [part.name for part, _ in chosen if part.name in joined["parts"]]
     print("\n".join(report.short(joined, names)))
     print(f"\n{run.out / record.MARKDOWN}")
+    for each, handler in before.items() if not stopped else ():
+        signal.signal(each, handler)
     ended = [joined["parts"][name]["status"] for name in names]
-    return 0 if all(status in ("ok", "absent") for status in ended) else 1
+    return stopped or (0 if all(status in ("ok", "absent") for status in ended) else 1)
 
 
 if __name__ == "__main__":

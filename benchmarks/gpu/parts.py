@@ -41,6 +41,8 @@ class Part:
         name: what ``--only`` takes, in whole or up to the backend. title: its heading.
         stage: 1, 2 or 3. backend: the one it is about, or "".
         seconds: what it takes, at least and at most.
+        row_limit: seconds after which a row of it counts as hung, so that several that hang leave
+            time for the others; ``--row-limit`` is the most of all parts.
         cases: given whether they are for a stand-in. task: a name in :mod:`tasks`.
         tests: files of tests, and the expression of pytest's -k. profiler: a tool on PATH.
         prefix: before the interpreter that runs the cases. pool: whether CuPy keeps freed memory.
@@ -52,6 +54,7 @@ class Part:
     stage: int
     backend: str
     seconds: Seconds
+    row_limit: float = ROW_LIMIT
     cases: Callable[[bool], list[Case]] | None = None
     task: str | None = None
     tests: Sequence[str] = ()
@@ -72,11 +75,10 @@ def _device_only(stand_in: bool) -> str | None:
     return "it needs a device" if stand_in else None
 
 
-def _needs(module: str, stand_in_too: bool = True) -> Absent:
+def _needs(*modules: str) -> Absent:
     def absent(stand_in: bool) -> str | None:
-        if stand_in and not stand_in_too:
-            return "it needs a device"
-        return None if find_spec(module) else f"{module} is not installed"
+        missing = [module for module in modules if find_spec(module) is None]
+        return f"not installed: {', '.join(missing)}" if missing else None
 
     return absent
 
@@ -122,9 +124,10 @@ PARTS = (
     Part("device-cupy", "The device", 1, "cupy", Seconds(5, 5, 30), task="device"),
     Part("compile-cupy", "Compiling ahead", 1, "cupy", Seconds(10, 5, 40), task="compile",
          absent=_device_only),
-    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", Seconds(16, 10, 60),
-         cases=partial(cases.smoke, "cupy")),
+    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", Seconds(16, 10, 75),
+         row_limit=15, cases=partial(cases.smoke, "cupy")),
     Part("ops-cupy", "Ops and kernels of the step: CUDA C", 1, "cupy", Seconds(14, 10, 60),
+         row_limit=20,
          cases=partial(cases.ops, "cupy")),
     Part("step-cupy", "Steps, epochs, characters: CUDA C", 1, "cupy", Seconds(16, 10, 40),
          cases=partial(cases.step, "cupy")),
@@ -132,7 +135,8 @@ PARTS = (
          cases=cases.torch,
          absent=_needs("torch")),
     Part("tests-cupy", "Tests on the device: CUDA C", 1, "cupy", Seconds(55, 20, 60), tests=TESTS,
-         keyword=ON_THE_DEVICE),
+         keyword=ON_THE_DEVICE,
+         absent=_needs("pytest", "xdist", "pytest_timeout", "pytest_benchmark", "hypothesis")),
 
     Part("peers-step", "Against peers: the training step", 2, "cupy", Seconds(17, 20, 60),
          task="peers-step"),

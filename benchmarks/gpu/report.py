@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 from benchmarks.gpu import cases, tuner
@@ -36,6 +38,9 @@ PREDICTED: dict[tuple[str, str, str], float] = {
 """Seconds predicted for an H100 from the machine code of the kernels, by kind, op and size. Between
 two nodes of a graph lie 1.2 to 1.4 µs, which a measured node contains and a predicted one does
 not."""
+
+SHORT = 100
+"""Letters of a reason in what is printed; gpu.md has all."""
 
 MEMORY_BOUND = ("gather", "gather_backward", "cross_entropy", "clip_by_global_norm", "sgd")
 
@@ -112,9 +117,10 @@ def markdown(record: Record) -> str:
 
 def short(record: Record, names: Sequence[str]) -> list[str]:
     """What is printed at the end of a run: the parts, what is not right, the goals."""
-    lines = summary(record, names)
+    lines = summary(record, names, SHORT)
     bad = [row for row in rows_of(record) if row["status"] in ("wrong", "crashed")]
-    lines += [""] * bool(bad) + [_complaint(row) for row in bad[:20]]
+    lines += [""] * bool(bad) + [shorten(_complaint(row), 2 * SHORT) for row in bad[:20]]
+    lines += [f"- and {len(bad) - 20} more"] * (len(bad) > 20)
     return lines if record["emulated"] else [*lines, "", *goals(record)]
 
 
@@ -127,21 +133,25 @@ def _commits(record: Record) -> str:
     return f"{word} {named}{state}, {record['date']}."
 
 
-def summary(record: Record, names: Sequence[str] | None = None) -> list[str]:
-    """A line a part: what became of it."""
+def summary(
+    record: Record, names: Sequence[str] | None = None, most: int | None = None
+) -> list[str]:
+    """A line a part: what became of it, in ``most`` letters if given."""
     cells = [("part", "stage", "outcome", "seconds", "")]
     for part in PARTS:
         outcome = record["parts"].get(part.name)
         if outcome is None or (names is not None and part.name not in names):
             continue
         seconds = f"{outcome['seconds']:.0f}" if "seconds" in outcome else "–"
-        reason = outcome.get("reason", "").replace("|", "/")
+        reason = " ".join(outcome.get("reason", "").replace("|", "/").split())
+        reason = reason if most is None else shorten(reason, most)
         cells.append((part.title, str(part.stage), outcome["status"], seconds, reason))
     return markdown_table(cells)
 
 
 def _complaint(row: Row) -> str:
-    return f"- {row['backend']}: {row['op']}, {row['size']}: {row['status']}: {row['reason']}"
+    reason = " ".join(row["reason"].split())
+    return f"- {row['backend']}: {row['op']}, {row['size']}: {row['status']}: {reason}"
 
 
 def _table(part: Part, result: dict[str, Any], record: Record) -> list[str]:
@@ -166,8 +176,10 @@ def _row_tables(rows: list[Row], copy: float | None) -> list[str]:
         mine = [row for row in rows if row["kind"] == kind]
         table = _verdicts(mine) if kind in ("smoke", "torch") else _times(mine, copy)
         lines += [""] * bool(lines) + table
-    bad = [row for row in rows if row["status"] != "right"]
-    return lines + [""] * bool(bad) + [_complaint(row) for row in bad]
+    told = [_complaint(row) for row in rows if row["status"] in ("wrong", "crashed")]
+    skipped = Counter(" ".join(row["reason"].split()) for row in rows if row["status"] == "skipped")
+    told += [f"- {count} skipped: {reason}" for reason, count in skipped.items()]
+    return lines + [""] * bool(told) + told
 
 
 def _verdicts(rows: list[Row]) -> list[str]:
@@ -196,7 +208,8 @@ def worst_error(row: Row) -> float | None:
 
 def error_ratio(row: Row) -> float | None:
     """The largest error as a multiple of plain float32's on the same inputs."""
-    ratios = [ours / plain for ours, plain in row.get("errors", {}).values() if plain]
+    found = row.get("errors", {}).values()
+    ratios = [ours / plain for ours, plain in found if ours is not None and plain]
     return max(ratios, default=None)
 
 

@@ -2,7 +2,7 @@
 
 Cases run one after another in one process. The one during which it ends, or in which nothing has
 happened for too long, is recorded as crashed, and the rest goes on in another process. An op that
-has ended two processes is not tried at further sizes.
+has ended one is tried again after the others, and when it has ended two, not at further sizes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from benchmarks.gpu.worker import CONTEXT_LOST, encode, key_of
 ROOT = Path(__file__).resolve().parent.parent.parent
 POLL = 0.05
 START_LIMIT = 60.0
-"""Seconds that a process may take until its first row: imports, the device, the first kernels."""
+"""Seconds that a process may take until it begins its first case: imports, the device."""
+EXIT_LIMIT = 15.0
+"""Seconds that it may take to end after its last."""
+END_LIMIT = 10.0
+"""Seconds for which the end of a killed process is awaited: a driver that hangs keeps it."""
+PRINTED_LIMIT = 16 << 20
+"""Bytes that a process may print."""
+_TALKATIVE = f"it printed more than {PRINTED_LIMIT >> 20} MiB"
+TAIL = 1 << 18
+"""Bytes of the log in which the last line is looked for."""
 FATAL = 2
 """So many processes an op may end."""
 
@@ -37,6 +46,10 @@ def environment(**more: str) -> dict[str, str]:
     """Of a process that runs from this checkout."""
     path = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", **more}
+
+
+def _printed(log: IO[bytes]) -> int:
+    return os.fstat(log.fileno()).st_size
 
 
 def start(command: Sequence[str], log: IO[bytes], env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -55,19 +68,24 @@ def end(process: subprocess.Popen[bytes], ask: bool = False) -> None:
             process.wait(timeout=0.5)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=END_LIMIT)
 
 
 def run_command(
     command: Sequence[str], log: IO[bytes], limit: float, env: dict[str, str]
-) -> tuple[int | None, float]:
-    """Run to the end or the limit: the exit status (None: stopped) and seconds."""
-    begin = time.monotonic()
+) -> tuple[int | None, str]:
+    """Run to the end or the limit: the exit status (None: stopped), and why it was stopped."""
+    at, deadline = log.tell(), time.monotonic() + limit
     process = start(command, log, env)
     try:
-        return process.wait(timeout=limit), time.monotonic() - begin
-    except subprocess.TimeoutExpired:
-        return None, time.monotonic() - begin
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=POLL), ""
+            if time.monotonic() >= deadline:
+                return None, f"no end within {limit:.0f} s"
+            if _printed(log) - at > PRINTED_LIMIT:
+                return None, _TALKATIVE
     finally:
         end(process, ask=process.poll() is None)
 
@@ -102,7 +120,7 @@ class CaseRun:
         self.log, self.deadline, self.row_limit = log, deadline, row_limit
         self.stand_in, self.prefix, self.pool = stand_in, prefix, pool
         self.env, self.on_row = environment(**(env or {})), on_row
-        self.exits: list[int | None] = []
+        self.exits: list[int] = []
         self._fatal: Counter[tuple[str, str]] = Counter()
         self._heard, self._barren = False, 0  # of the last process; such ones in a row
 
@@ -133,14 +151,16 @@ class CaseRun:
             process = start(command, self.log, self.env)
             try:
                 with events.open(encoding="utf-8") as stream:
-                    begun, why = self._follow(process, stream)
+                    begun, why = self._follow(process, stream, at)
             finally:
                 end(process)
-        self.exits.append(process.returncode)
+        code = process.returncode if process.returncode is not None else -signal.SIGKILL
+        self.exits.append(code)
         self._barren = 0 if self._heard else self._barren + 1
-        if not self.todo or (begun is None and process.returncode in (0, CONTEXT_LOST)):
+        told = begun is None and code in (0, CONTEXT_LOST)
+        if not self.todo or (told and self._heard):
             return
-        reason = why or f"{_status(process.returncode)}: {last_line(self.log, at)}"
+        reason = why or f"{_status(code)}: {last_line(self.log, at)}"
         if self._barren >= FATAL:
             self._skip(list(self.todo), f"no process got to its first case: {reason}")
         elif time.monotonic() >= self.deadline:
@@ -149,7 +169,9 @@ class CaseRun:
             case = self.todo[begun] if begun else next(iter(self.todo.values()))
             self._take(self._row(case, "crashed", reason), fatal=True)
 
-    def _follow(self, process: subprocess.Popen[bytes], stream: IO[str]) -> tuple[Key | None, str]:
+    def _follow(
+        self, process: subprocess.Popen[bytes], stream: IO[str], at: int
+    ) -> tuple[Key | None, str]:
         """Take the rows of a process until it ends or must be ended: what it was at, and why."""
         begun: Key | None = None
         last, limit, buffer = time.monotonic(), max(START_LIMIT, self.row_limit), ""
@@ -160,10 +182,11 @@ class CaseRun:
             while "\n" in buffer:
                 line, _, buffer = buffer.partition("\n")
                 event, last, self._heard = json.loads(line), time.monotonic(), True
+                limit = self.row_limit
                 if "begin" in event:
                     begun = Key(*event["begin"])
                 else:
-                    begun, limit = None, self.row_limit
+                    begun = None
                     self._take(event["row"], fatal=event["lost"])
             if ended:
                 return begun, ""
@@ -171,6 +194,11 @@ class CaseRun:
             if self.todo and now >= self.deadline:
                 end(process, ask=True)
                 return begun, "the time of its part was up"
+            if _printed(self.log) - at > PRINTED_LIMIT:
+                end(process)
+                return begun, _TALKATIVE
+            if not self.todo:
+                limit = min(limit, EXIT_LIMIT)
             if now - last > limit:
                 end(process, ask=True)
                 return begun, f"hung: no end within {limit:.0f} s"
@@ -182,6 +210,8 @@ class CaseRun:
         self.todo.pop(key_of(row), None)
         which = row["backend"], row["op"]
         self._fatal[which] += fatal
+        if fatal:
+            self.todo = dict(sorted(self.todo.items(), key=lambda one: self._fatal[one[0][1:3]]))
         if self._fatal[which] >= FATAL:
             rest = [key for key in self.todo if (key.backend, key.op) == which]
             self._skip(rest, f"{row['op']} has ended {FATAL} processes")
@@ -210,8 +240,21 @@ def last_line(log: IO[bytes], at: int) -> str:
     """The last line that was printed since ``at``."""
     log.flush()
     with open(log.name, "rb") as reader:
-        reader.seek(at)
+        reader.seek(max(at, _printed(log) - TAIL))
         lines = reader.read().decode(errors="replace").splitlines()
     fatal = [line for line in lines if line.startswith("Fatal Python error")]
     told = fatal or [line for line in lines if line.strip()]
     return told[-1].strip()[:300] if told else "no message"
+
+
+def trim(log: IO[bytes], at: int, most: int) -> None:
+    """Cut the middle out of what was printed since ``at``, where it is more than ``most`` bytes."""
+    size = _printed(log)
+    if size - at <= most:
+        return
+    with open(log.name, "rb") as reader:
+        reader.seek(size - most // 2)
+        tail = reader.read()
+    os.ftruncate(log.fileno(), at + most // 2)
+    log.write(f"\n===== {size - at - most} bytes left out\n".encode() + tail)
+    log.flush()

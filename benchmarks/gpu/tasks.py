@@ -23,7 +23,7 @@ from fastrnn.backends.numba_cuda import toolkit_of_nvcc
 from fastrnn.bench import GPU_PEERS, GPU_SLOW_PEERS, BenchResult, run_bench
 
 COPY_BYTES = 1 << 30
-PEER_LIMIT, SLOW_PEER_LIMIT = 40.0, 50.0
+PEER_LIMIT, SLOW_PEER_LIMIT = 50.0, 50.0
 """Seconds that a contender may take, its start included."""
 PACKAGES = (
     "numpy", "scipy", "numba", "llvmlite", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x",

@@ -10,6 +10,7 @@ each row when it is there. Standard output is the log; a line before each case s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import functools
 import gc
@@ -30,6 +31,8 @@ from fastrnn.backend import Backend, Dims, open_backend
 
 CONTEXT_LOST = 3
 """Exit status: the device's context is of no more use, and the rest needs another process."""
+PR_SET_PDEATHSIG = 1
+"""Of ``prctl``."""
 MARK = ">>> "
 """Begins the line of the log that says which case runs."""
 
@@ -108,9 +111,10 @@ def run_cases(work: dict[str, Any], events: TextIO) -> int:
     if not work["pool"]:
         keep_no_memory()
     for case in map(decode, work["cases"]):
-        print(f"{MARK}{case.key}", flush=True)
+        backend = opened(case.backend)  # what cannot be opened is the fault of no case
+        with contextlib.suppress(OSError):  # the log's disk is full
+            print(f"{MARK}{case.key}", flush=True)
         emit(begin=case.key)
-        backend = opened(case.backend)
         row = run_case(backend, case)
         lost = row["status"] == "crashed" and not recovered(backend)
         emit(row=row, lost=lost)
@@ -135,7 +139,14 @@ def run_task(work: dict[str, Any]) -> int:
     return 0
 
 
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it is killed."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
+    end_with_parent()
     faulthandler.enable()
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)  # the supervisor asks where it hangs
