@@ -317,7 +317,7 @@ def test_an_op_that_has_ended_a_process_waits_for_the_others(tmp_path: Path) -> 
 def test_hung_rows_leave_time_for_the_others(tmp_path: Path) -> None:
     """The first row may hang, and another, before the limit of what says right or wrong."""
     for name in ("smoke-cupy", "ops-cupy"):
-        assert 2 * BY_NAME[name].row_limit < BY_NAME[name].limit
+        assert 2 * BY_NAME[name].row_limit < BY_NAME[name].seconds.limit
     asked: list[float] = []
 
     class Asked(CaseRun):
