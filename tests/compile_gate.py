@@ -117,7 +117,7 @@ class Row:
 
 
 @functools.cache
-def library(toolchain: Toolchain) -> str:
+def path_of(toolchain: Toolchain) -> str:
     """The path of a toolchain's ``libnvrtc.so``.
 
     Raises:
@@ -143,7 +143,7 @@ def library(toolchain: Toolchain) -> str:
 def gate_unavailable(toolchain: Toolchain = INSTALLED) -> str | None:
     """Why nothing can be compiled here with this toolchain, or None."""
     try:
-        path = library(toolchain)
+        path = path_of(toolchain)
         if not toolchain.package:
             nvrtc.loaded(path)
     except (RuntimeError, OSError) as error:
@@ -195,7 +195,7 @@ def compile_module(file: str, defines: tuple[tuple[str, Any], ...], capability: 
         RuntimeError: NVRTC refuses the source; the message is its log.
     """
     try:
-        return nvrtc.compile_source(library(INSTALLED), *compilation(file, defines, capability))
+        return nvrtc.compile_source(path_of(INSTALLED), *compilation(file, defines, capability))
     except nvrtc.CompileError as error:
         raise RuntimeError(f"{file}.cu for sm_{capability}: {error}") from error
 
@@ -295,7 +295,7 @@ def compile_all(
             rows.append(Row(kernel, capability, toolchain, found, judged, told))
         return rows
 
-    path = library(toolchain)
+    path = path_of(toolchain)
     submit = processes(path).submit
     compiled = [submit(nvrtc.compile_source, path, *compilation(*module)) for module in modules]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

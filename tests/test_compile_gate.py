@@ -199,7 +199,7 @@ def test_a_toolchain_that_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    compile_gate.library.cache_clear()
+    compile_gate.path_of.cache_clear()
     if fetched:
         monkeypatch.setenv(compile_gate.FOLDER, str(tmp_path))
     else:
