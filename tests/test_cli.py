@@ -597,7 +597,7 @@ def test_bench_of_a_backend_that_cannot_run() -> None:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "fastrnn: error: backend 'cupy' needs" in errors
-    assert "fastrnn cupy: missing" in output
+    assert "missing: backend 'cupy' needs" in output
     assert "median" not in output
 
 
