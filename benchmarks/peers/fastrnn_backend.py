@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from replays import by_calls, by_replays
 
 import fastrnn
 from fastrnn.backend import Backend, Dims
@@ -74,6 +73,8 @@ class _Op:
     names: tuple[str, ...]
 
     def __init__(self, problem: dict[str, Any], variant: str) -> None:
+        from replays import by_calls, by_replays  # beside this file, for a contender's process
+
         self.backend = fastrnn.open_backend(variant.removesuffix("-graph"))
         self.a = {name: self.backend.put(problem[name]) for name in self.names}
         self.build()
