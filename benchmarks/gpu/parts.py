@@ -155,7 +155,7 @@ PARTS = (
     Part("memcheck-cupy", "compute-sanitizer memcheck", 3, "cupy", Seconds(30, 15, 60),
          cases=partial(cases.smoke, "cupy", sizes=cases.MEMCHECK), pool=False,
          prefix=_sanitizer("memcheck"), absent=_needs_tool("compute-sanitizer")),
-    Part("racecheck-cupy", "compute-sanitizer racecheck", 3, "cupy", Seconds(18, 15, 40),
+    Part("racecheck-cupy", "compute-sanitizer racecheck", 3, "cupy", Seconds(18, 15, 100),
          cases=partial(cases.smoke, "cupy", sizes=cases.RACECHECK), pool=False,
          prefix=_sanitizer("racecheck"), absent=_needs_tool("compute-sanitizer")),
     Part("device-numba-cuda", "The device: Numba CUDA", 3, "numba-cuda", Seconds(6, 5, 30),

@@ -82,11 +82,12 @@ def _gpus() -> list[dict[str, str]]:
 def commit() -> dict[str, Any]:
     """The commit of the checkout this package lies in.
 
-    Where that has no ``.git``, the id that ``FASTRNN_COMMIT`` names; else empty, as for an
-    installed package.
+    The id that ``FASTRNN_COMMIT`` names comes first: of a tree that was copied without its
+    ``.git``, or into another repository. Empty for an installed package.
     """
     named = os.environ.get("FASTRNN_COMMIT", "").strip()
-    without_git = {"id": named} if named else {}
+    if named:
+        return {"id": named}
 
     def git(*args: str) -> str:
         done = subprocess.run(
@@ -96,11 +97,11 @@ def commit() -> dict[str, Any]:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != PACKAGE.parent:
-            return without_git
+            return {}
         return {
             "id": git("rev-parse", "HEAD"),
             "time": git("show", "-s", "--format=%cI", "HEAD"),
             "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE))),
         }
     except (OSError, subprocess.SubprocessError):
-        return without_git
+        return {}

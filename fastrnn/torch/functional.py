@@ -151,10 +151,16 @@ def clip_grad_norm_(
     return norm
 
 
+# Asked once: torch.compile cannot trace the question before torch 2.12.
+_AUTOCAST = tuple(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocasting(tensor: Tensor) -> bool:
     """Whether ``torch.autocast`` is in force for the tensor's device."""
     kind = tensor.device.type
-    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+    return kind in _AUTOCAST and bool(torch.is_autocast_enabled(kind))
 
 
 def _as_without_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
