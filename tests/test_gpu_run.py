@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1002,3 +1003,21 @@ def test_under_a_sanitizer_cupy_keeps_no_memory() -> None:
         cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
         cupy.cuda.set_pinned_memory_allocator(cupy.get_default_pinned_memory_pool().malloc)
     assert all(part.pool is (part.prefix is None) for part in PARTS)
+
+
+def test_readmes_figures_are_those_of_the_committed_record(tmp_path: Path) -> None:
+    """None is typed by hand: the table is drawn anew from each record and must not change."""
+    text = (supervisor.ROOT / "README.md").read_text(encoding="utf-8")
+    (place,) = re.findall(r"\[All of it\]\((benchmarks/results/[^)]+)/gpu\.md\)", text)
+    found = stored(supervisor.ROOT / place)
+    assert not found["emulated"]
+    block = report.readme_block(found, place)
+    assert block in text
+    copy = tmp_path / "README.md"
+    copy.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    gpu.write_readme(copy, supervisor.ROOT / place)
+    assert copy.read_text(encoding="utf-8").startswith(f"before\n{report.BEGIN}\n| at V=1027")
+    assert copy.read_text(encoding="utf-8").endswith(f"{report.END}\nafter\n")
+    copy.write_text("no place", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected <!-- gpu:begin -->"):
+        gpu.write_readme(copy, supervisor.ROOT / place)

@@ -561,12 +561,16 @@ def test_which_table_is_read(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned.table() == tuned.Table()
 
 
-def test_the_shipped_table_changes_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_table_changes_the_plans_that_it_measured_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     forget()
-    assert tuned.table() == tuned.Table()
+    shipped = tuned.table()
     for dtype in ("float32", "float64"):
-        for capability, count, name in ((90, 132, "NVIDIA H100 80GB HBM3"), (75, 40, "Tesla T4")):
+        for capability, count, name in (
+            (90, 132, "NVIDIA H100 80GB HBM3"), (90, 132, "NVIDIA H200"), (75, 40, "Tesla T4"),
+        ):  # fmt: skip
             for shape in ((1120, 1027, 256), (256, 256, 1120), (1, 7, 0), (4096, 50_000, 1024)):
                 expected = gemm.plan(*shape, dtype, capability, count)
                 by_model = min(
@@ -583,7 +587,17 @@ def test_the_shipped_table_changes_no_plan(monkeypatch: pytest.MonkeyPatch) -> N
                         *shape, dtype, capability, count,
                         device_name=name, trans_a=trans_a, trans_b=trans_b,
                     )  # fmt: skip
-                    assert got == expected
+                    measured = shipped.product(name, count, *shape, dtype, trans_a, trans_b)
+                    if measured is None:
+                        assert got == expected
+                    else:
+                        assert (tuned.tile_fields(got.tile), got.grid) == measured
+
+
+def test_the_shipped_table_is_of_a_device() -> None:
+    content = json.loads(tuned.SHIPPED.read_text(encoding="utf-8"))
+    assert {entry["device"] for entry in content["products"]} <= {"NVIDIA H100 80GB HBM3"}
+    tuned.read(tuned.SHIPPED)
 
 
 def test_the_shipped_table_is_installed() -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--stage 1|2|3] [--only PART …] [--backend NAME …]
                              [--out FOLDER] [--minutes M]
-    python -m benchmarks.gpu --merge FOLDER … [--out FOLDER]
+    python -m benchmarks.gpu --merge FOLDER … [--out FOLDER] [--readme README.md]
 
 Without --stage all three run in a row. Every part runs in processes of its own with a time limit:
 what fails, crashes or hangs is recorded and the rest goes on. After every row gpu.json is written
@@ -347,6 +347,21 @@ def merge(folders: Sequence[Path], out: Path | None) -> Path:
     return target
 
 
+def write_readme(readme: Path, folder: Path) -> None:
+    """Draw the table of a README anew, from the record in ``folder``.
+
+    Raises:
+        ValueError: it has no place for it.
+    """
+    text, found = readme.read_text(encoding="utf-8"), record.load(folder)
+    assert found is not None
+    if report.BEGIN not in text or report.END not in text:
+        raise ValueError(f"{readme}: expected {report.BEGIN} and {report.END}")
+    head, tail = text.partition(report.BEGIN)[0], text.partition(report.END)[2]
+    place = os.path.relpath(folder.resolve(), readme.resolve().parent)
+    readme.write_text(head + report.readme_block(found, place) + tail, encoding="utf-8")
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -370,13 +385,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--row-limit", type=_positive, default=ROW_LIMIT, metavar="SECONDS",
                         help="after which a row counts as hung (default: %(default)g)")  # fmt: skip
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--readme", type=Path, help="whose table is drawn anew, with --merge")
     parser.add_argument("--list", action="store_true", help="what would run, and end")
     parser.add_argument("--emulate", nargs="?", const=STAND_INS, metavar="MODULE:FUNCTION",
                         help="what opens a stand-in for a GPU by a backend's name")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         if options.merge:
-            print(merge(options.merge, options.out) / record.MARKDOWN)
+            folder = merge(options.merge, options.out)
+            if options.readme:
+                write_readme(options.readme, folder)
+            print(folder / record.MARKDOWN)
             return 0
         stand_in = options.emulate is not None
         selection = Selection(options.stage, options.only, options.backend, stand_in)

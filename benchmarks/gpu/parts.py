@@ -25,8 +25,8 @@ Absent = Callable[[bool], str | None]
 
 
 class Seconds(NamedTuple):
-    """Of a part: estimated on an H100 beside 16 cores (see README.md of the benchmarks); what must
-    be left for it to begin; after which it is stopped."""
+    """Of a part: on an H100 beside 16 cores (see README.md of the benchmarks); what must be left
+    for it to begin; after which it is stopped."""
 
     estimate: float
     least: float
@@ -120,50 +120,50 @@ ON_THE_DEVICE = "(cupy and not sm_ and not without_cupy) or on_a_gpu"
 """Tests that work on the device, and none of those that put an emulator or a fake in its place."""
 
 PARTS = (
-    Part("probe", "Versions and tools", 1, "", Seconds(3, 2, 20), task="probe"),
-    Part("device-cupy", "The device", 1, "cupy", Seconds(5, 5, 30), task="device"),
-    Part("compile-cupy", "Compiling ahead", 1, "cupy", Seconds(10, 5, 40), task="compile",
+    Part("probe", "Versions and tools", 1, "", Seconds(1, 2, 20), task="probe"),
+    Part("device-cupy", "The device", 1, "cupy", Seconds(4, 5, 30), task="device"),
+    Part("compile-cupy", "Compiling ahead", 1, "cupy", Seconds(7, 5, 40), task="compile",
          absent=_device_only),
-    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", Seconds(16, 10, 75),
+    Part("smoke-cupy", "Right or wrong: CUDA C", 1, "cupy", Seconds(9, 10, 75),
          row_limit=15, cases=partial(cases.smoke, "cupy")),
-    Part("ops-cupy", "Ops and kernels of the step: CUDA C", 1, "cupy", Seconds(14, 10, 60),
+    Part("ops-cupy", "Ops and kernels of the step: CUDA C", 1, "cupy", Seconds(8, 10, 60),
          row_limit=20,
          cases=partial(cases.ops, "cupy")),
-    Part("step-cupy", "Steps, epochs, characters: CUDA C", 1, "cupy", Seconds(16, 10, 40),
+    Part("step-cupy", "Steps, epochs, characters: CUDA C", 1, "cupy", Seconds(17, 10, 40),
          cases=partial(cases.step, "cupy")),
-    Part("torch-cupy", "fastrnn.torch and fastrnn.ops", 1, "cupy", Seconds(35, 10, 45),
+    Part("torch-cupy", "fastrnn.torch and fastrnn.ops", 1, "cupy", Seconds(26, 10, 45),
          cases=cases.torch,
          absent=_needs("torch")),
-    Part("tests-cupy", "Tests on the device: CUDA C", 1, "cupy", Seconds(55, 20, 60), tests=TESTS,
+    Part("tests-cupy", "Tests on the device: CUDA C", 1, "cupy", Seconds(21, 20, 60), tests=TESTS,
          keyword=ON_THE_DEVICE,
          absent=_needs("pytest", "xdist", "pytest_timeout", "pytest_benchmark", "hypothesis")),
 
-    Part("peers-step", "Against peers: the training step", 2, "cupy", Seconds(17, 20, 60),
+    Part("peers-step", "Against peers: the training step", 2, "cupy", Seconds(25, 20, 60),
          task="peers-step"),
-    Part("peers-recurrence", "Against peers: the recurrence", 2, "cupy", Seconds(20, 20, 60),
+    Part("peers-recurrence", "Against peers: the recurrence", 2, "cupy", Seconds(18, 20, 60),
          task="peers-recurrence"),
-    Part("peers-generate", "Against peers: generation", 2, "cupy", Seconds(14, 15, 45),
+    Part("peers-generate", "Against peers: generation", 2, "cupy", Seconds(8, 15, 45),
          task="peers-generate"),
-    Part("peers-bptt", "Against peers: forward and BPTT", 2, "cupy", Seconds(23, 20, 60),
+    Part("peers-bptt", "Against peers: forward and BPTT", 2, "cupy", Seconds(18, 20, 60),
          task="peers-recurrence+bptt"),
-    Part("peers-cross-entropy", "Against peers: cross entropy", 2, "cupy", Seconds(14, 15, 45),
+    Part("peers-cross-entropy", "Against peers: cross entropy", 2, "cupy", Seconds(9, 15, 45),
          task="peers-cross_entropy"),
-    Part("tuner-cupy", "Plans", 2, "cupy", Seconds(22, 15, 50), task="tuner"),
-    Part("large-cupy", "Ops that fit no cache: CUDA C", 2, "cupy", Seconds(45, 15, 60),
+    Part("tuner-cupy", "Plans", 2, "cupy", Seconds(5, 15, 50), task="tuner"),
+    Part("large-cupy", "Ops that fit no cache: CUDA C", 2, "cupy", Seconds(16, 15, 60),
          cases=partial(cases.large, "cupy")),
 
-    Part("memcheck-cupy", "compute-sanitizer memcheck", 3, "cupy", Seconds(30, 15, 60),
+    Part("memcheck-cupy", "compute-sanitizer memcheck", 3, "cupy", Seconds(4, 15, 60),
          cases=partial(cases.smoke, "cupy", sizes=cases.MEMCHECK), pool=False,
          prefix=_sanitizer("memcheck"), absent=_needs_tool("compute-sanitizer")),
-    Part("racecheck-cupy", "compute-sanitizer racecheck", 3, "cupy", Seconds(18, 15, 100),
+    Part("racecheck-cupy", "compute-sanitizer racecheck", 3, "cupy", Seconds(40, 15, 45),
          cases=partial(cases.smoke, "cupy", sizes=cases.RACECHECK), pool=False,
          prefix=_sanitizer("racecheck"), absent=_needs_tool("compute-sanitizer")),
-    Part("device-numba-cuda", "The device: Numba CUDA", 3, "numba-cuda", Seconds(6, 5, 30),
+    Part("device-numba-cuda", "The device: Numba CUDA", 3, "numba-cuda", Seconds(2, 5, 30),
          task="device"),
     Part("engine-numba-cuda", "Right or wrong, ops and steps: Numba CUDA", 3, "numba-cuda",
-         Seconds(60, 30, 100),
+         Seconds(78, 30, 100),
          cases=_numba_cuda),
-    Part("profile-cupy", "Nsight Compute on project", 3, "cupy", Seconds(15, 20, 40),
+    Part("profile-cupy", "Nsight Compute on project", 3, "cupy", Seconds(5, 20, 40),
          profiler="ncu",
          absent=_needs_tool("ncu")),
     Part("peers-compiled", "Against peers that compile for long", 3, "cupy", Seconds(18, 30, 60),

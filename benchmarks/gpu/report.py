@@ -240,6 +240,56 @@ def prediction(row: Row) -> float | None:
     return PREDICTED.get((row["kind"], row["op"], row["size"]))
 
 
+# --- README --------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+README_WORKLOADS = {
+    "step": ("captured training step", "cupy"),
+    "recurrence": ("recurrence, forward", "cupy-graph"),
+    "recurrence+bptt": ("recurrence, forward and BPTT", "cupy-graph"),
+    "cross_entropy": ("cross entropy and its gradient", "cupy-graph"),
+}
+
+
+def readme_block(record: Record, folder: str) -> str:
+    """Ours beside the fastest peer that is captured or compiled too, in float32; where and when.
+
+    Args:
+        folder: of the record, as README names it.
+    """
+    cells = [("at V=1027, H=256, B=32, T=35, float32", "ours", "fastest peer", "× ours")]
+    for workload, (label, name) in README_WORKLOADS.items():
+        for bench in benches(record).values():
+            ours = bench.find(workload, "headline", name)
+            peer = bench.best_peer(workload, "headline", "graph")
+            if ours is None or peer is None or not ours.seconds or not peer.seconds:
+                continue
+            theirs = f"{peer.label}: {format_seconds(peer.seconds)}"
+            ratio = f"{peer.seconds / ours.seconds:.1f}"
+            cells.append((label, format_seconds(ours.seconds), theirs, ratio))
+    rows = {
+        (row["kind"], row["op"]): row
+        for row in rows_of(record, backend="cupy")
+        if row["size"] == "headline"
+    }
+    for op in (cases.STEP, cases.LONG_RUN, "character"):
+        row = rows.get(("step", op), {})
+        if "seconds" in row:
+            found = prediction(row)
+            text = "–" if found is None else f"predicted: {format_seconds(found)}"
+            cells.append((f"{op}, many in a row", format_seconds(row["seconds"]), text, ""))
+    smoke = [row for row in rows_of(record) if row["kind"] == "smoke"]
+    right = sum(row["status"] == "right" for row in smoke)
+    gpus = "; ".join(f"{g['name']}, driver {g['driver']}" for g in record["machine"]["gpus"])
+    return "\n".join(
+        [
+            BEGIN, *markdown_table(cells), "",
+            f"{gpus}. {_commits(record)} {right} of {len(smoke)} checks of an op at a size were "
+            f"right, against float64. [All of it]({folder}/gpu.md).", END,
+        ]
+    )  # fmt: skip
+
+
 # --- Goals -------------------------------------------------------------------------------------
 
 
