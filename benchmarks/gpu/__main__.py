@@ -37,7 +37,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.parts import PARTS, ROW_LIMIT, STAGE_SECONDS, Part, Selection
 from benchmarks.gpu.supervisor import CaseRun, environment, last_line, run_command, trim
 from benchmarks.gpu.tasks import findings, tool
-from benchmarks.gpu.worker import MARK
+from benchmarks.gpu.worker import MARK, write_cases
 from benchmarks.report import RESULTS
 from fastrnn.bench import commit, machine, machine_slug
 
@@ -238,7 +238,7 @@ def _command(part: Part, result: Path, work: Path, stand_in: str | None) -> list
             for case in other.cases(False)
             if case.op == "project"
         )
-        _write_work(work, [case], None, events=result)
+        write_cases(work, [case], events=result)
         return [str(tool(part.profiler)), "--target-processes", "all", "--clock-control", "none",
                 "--kernel-name", "regex:gemm", "--launch-count", "2", "--section", "SpeedOfLight",
                 "--section", "Occupancy", "--section", "WarpStateStats", "--section",
@@ -252,19 +252,6 @@ def _command(part: Part, result: Path, work: Path, stand_in: str | None) -> list
         )
     )  # fmt: skip
     return [*python, "benchmarks.gpu.worker", str(work)]
-
-
-def _write_work(path: Path, cases: list[Case], stand_in: str | None, events: Path) -> None:
-    from benchmarks.gpu.worker import encode
-
-    path.write_text(
-        json.dumps(
-            {
-                "cases": [encode(case) for case in cases], "events": str(events),
-                "stand_in": stand_in, "pool": True,
-            }
-        )
-    )  # fmt: skip
 
 
 def _text_since(log: IO[bytes], at: int) -> str:

@@ -56,9 +56,6 @@ class _Setting:
         filled[:, : host.shape[1]] = host
         return self.backend.put(filled)
 
-    def case(self, node: str, tolerance: str, done: Work, submit: Any, results: Any) -> OpCase:
-        return OpCase(node, tolerance, done, submit, results)
-
 
 def _product(M: int, N: int, K: int) -> Work:
     return Work(2.0 * M * N * K, 4.0 * (M * N + M * K + N * K))
@@ -74,7 +71,7 @@ def _pad(s: _Setting) -> OpCase:
         want[:, :V] = W
         return [Result("W_hq", got, want, want)]
 
-    return s.case(
+    return OpCase(
         "pad W_hq", "gather", Work(0.0, 4.0 * H * (V + ld)),
         lambda: project.pad(s.device, W_hq, H, V, ld, out), results,
     )  # fmt: skip
@@ -102,7 +99,7 @@ def _recurrence(s: _Setting) -> OpCase:
         want = _states([wide(a) for a in hosts[:4]], hosts[4])
         return [Result("h", s.backend.get(h), want, _states(hosts[:4], hosts[4]))]
 
-    return s.case(
+    return OpCase(
         "recurrence", "recurrence", work("recurrence", s.dims),
         lambda: recurrence.recurrence_gathered(s.device, x, cursor, W_xh, b_h, W_hh, h0, h),
         results,
@@ -124,7 +121,7 @@ def _bptt(s: _Setting) -> OpCase:
             for name, got in (("dz", dz), ("dh0", dh0))
         ]
 
-    return s.case(
+    return OpCase(
         "BPTT", "recurrence_backward", work("recurrence", s.dims),
         lambda: recurrence.recurrence_backward(s.device, dh, h, W_hh, dz, dh0), results,
     )  # fmt: skip
@@ -139,7 +136,7 @@ def _project(s: _Setting) -> OpCase:
         got = s.backend.get(logits)[:, :V]
         return [Result("logits", got, wide(a) @ wide(W) + b, a @ W + b)]
 
-    return s.case(
+    return OpCase(
         "project", "project", _product(rows, V, H),
         lambda: project.project(
             s.device, h, W_hq, b_q, logits, ld_W=s.ld, ld_logits=s.ld,
@@ -157,7 +154,7 @@ def _dh(s: _Setting) -> OpCase:
     def results() -> list[Result]:
         return [Result("dh", s.backend.get(dh), wide(d) @ wide(W).T, d @ W.T)]
 
-    return s.case(
+    return OpCase(
         "dh", "project_backward", _product(rows, H, V),
         lambda: project.project_backward_h(
             s.device, dlogits, W_hq, dh, V, ld_W=s.ld, ld_logits=s.ld,
@@ -175,7 +172,7 @@ def _dW_hq(s: _Setting) -> OpCase:
     def results() -> list[Result]:
         return [Result("dW_hq", s.backend.get(dW), wide(a).T @ wide(d), a.T @ d)]
 
-    return s.case(
+    return OpCase(
         "dW_hq", "project_backward", _product(H, V, rows),
         lambda: project.project_backward_W(
             s.device, h, dlogits, dW, ld_logits=s.ld, scratch=s.scratch, counters=s.counters
@@ -194,7 +191,7 @@ def _dW_hh(s: _Setting) -> OpCase:
         want = wide(left).T @ wide(right)
         return [Result("dW_hh", s.backend.get(dW), want, left.T @ right)]
 
-    return s.case(
+    return OpCase(
         "dW_hh", "recurrence_backward", _product(H, H, T * B),
         lambda: project.recurrent_gradient(
             s.device, states[0], states[1:], dz, dW, scratch=s.scratch, counters=s.counters
@@ -220,7 +217,7 @@ def _cross_entropy(s: _Setting) -> OpCase:
             Result("loss", got[1], loss, plain[0]),
         ]
 
-    return s.case(
+    return OpCase(
         "cross entropy", "cross_entropy", work("cross_entropy", s.dims),
         lambda: cross_entropy.cross_entropy(
             s.device, logits, targets, V, losses, dlogits, None, None, cursor
@@ -250,7 +247,7 @@ def _dW_xh(s: _Setting) -> OpCase:
             Result("db_h", s.backend.get(db), bias.sum(axis=0, dtype=np.float64), bias.sum(axis=0)),
         ]
 
-    return s.case(
+    return OpCase(
         "dW_xh", "gather_backward", work("gather_backward", s.dims),
         lambda: gather.scatter_add(s.device, dz, order, bounds, dW, db, s.scratch, cursor),
         results,
@@ -272,7 +269,7 @@ def _clip_sgd(s: _Setting) -> OpCase:
             Result("params", s.backend.get(params), p - lr * max_norm / length * wide(g), p - step),
         ]
 
-    return s.case(
+    return OpCase(
         "clip and sgd", "clip_by_global_norm", Work(4.0 * n, 16.0 * n),
         lambda: clip_sgd.clip_sgd(s.device, [params], [grads], rates, norm, s.scratch), results,
     )  # fmt: skip

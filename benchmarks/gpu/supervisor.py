@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.gpu.cases import Case, Key
-from benchmarks.gpu.worker import CONTEXT_LOST, encode, key_of
+from benchmarks.gpu.worker import CONTEXT_LOST, encode, key_of, write_cases
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 POLL = 0.05
@@ -136,16 +136,7 @@ class CaseRun:
         with tempfile.TemporaryDirectory() as folder:
             work, events = Path(folder) / "work.json", Path(folder) / "events"
             events.touch()
-            work.write_text(
-                json.dumps(
-                    {
-                        "cases": [encode(case) for case in self.todo.values()],
-                        "events": str(events),
-                        "stand_in": self.stand_in,
-                        "pool": self.pool,
-                    }
-                )
-            )
+            write_cases(work, self.todo.values(), events, self.stand_in, self.pool)
             command = [*self.prefix, sys.executable, "-m", "benchmarks.gpu.worker", str(work)]
             at = self.log.tell()
             process = start(command, self.log, self.env)

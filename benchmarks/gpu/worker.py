@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,6 +46,19 @@ def encode(case: Case) -> dict[str, Any]:
 def decode(data: dict[str, Any]) -> Case:
     """What :func:`encode` made."""
     return Case(**{**data, "dims": Dims(**data["dims"])})
+
+
+def write_cases(
+    path: Path, cases: Iterable[Case], events: Path, stand_in: str | None = None, pool: bool = True
+) -> None:
+    """Write the ``WORK.json`` of some cases."""
+    work = {
+        "cases": [encode(case) for case in cases],
+        "events": str(events),
+        "stand_in": stand_in,
+        "pool": pool,
+    }
+    path.write_text(json.dumps(work), encoding="utf-8")
 
 
 def opener(stand_in: str | None) -> Callable[[str], Backend]:

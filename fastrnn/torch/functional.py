@@ -151,7 +151,7 @@ def clip_grad_norm_(
     return norm
 
 
-# Asked once: torch.compile cannot trace the question before torch 2.12.
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
 _AUTOCAST = tuple(
     kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)
 )
